@@ -1,0 +1,8 @@
+"""Checkpoints: read lazily and without trust."""
+
+from pyruntime.checkpoint.hub import resolve_model
+from pyruntime.checkpoint.model import Model, PassReport
+from pyruntime.checkpoint.reader import read_model
+from pyruntime.checkpoint.weight import InMemory, Rows, TensorRef, Weight
+
+__all__ = ["InMemory", "Model", "PassReport", "Rows", "TensorRef", "Weight", "read_model", "resolve_model"]

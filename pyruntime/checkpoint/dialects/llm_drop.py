@@ -1,0 +1,38 @@
+"""LLM-Drop's lists: `drop_attn_list` and `drop_mlp_list`, of layer ids in any order or of one bool per layer."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pyruntime.checkpoint.fields import Fields
+from pyruntime.errors import UsageError
+from pyruntime.spec import DropPlan
+
+_KEYS: Final = ("drop_attn_list", "drop_mlp_list")
+
+
+def llm_drop_plan(fields: Fields, num_layers: int) -> tuple[DropPlan, tuple[str, ...]]:
+    """What the lists name, and notes on what had to be interpreted. null, [] and absence mean nothing is dropped.
+
+    Raises UsageError DROP for ids out of range and for lists that are neither ids nor one bool per layer.
+    """
+    notes: list[str] = []
+    attention, mlp = (_layers(key, fields.raw(key, []), num_layers, notes) for key in _KEYS)
+    return DropPlan(attention, mlp, "config.json lists of LLM-Drop" if attention or mlp else ""), tuple(notes)
+
+
+def _layers(key: str, value: Any, num_layers: int, notes: list[str]) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise UsageError("DROP", f"config.json: {key} is {value!r}; expected a list of layer ids")
+    # a bool is an int in Python, so bools must be told apart first
+    if value and all(isinstance(each, bool) for each in value):
+        if len(value) != num_layers:
+            raise UsageError("DROP", f"config.json: {key} has {len(value)} bools; the model has {num_layers} layers")
+        notes.append(f"{key} holds one bool per layer; read as the ids of the true ones")
+        return tuple(index for index, dropped in enumerate(value) if dropped)
+    for each in value:
+        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < num_layers:
+            raise UsageError("DROP", f"config.json: {key} holds {each!r}; expected layer ids from 0 to {num_layers - 1}")
+    if len(set(value)) != len(value):
+        notes.append(f"{key} names a layer twice; counted once")
+    return tuple(value)

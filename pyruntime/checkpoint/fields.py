@@ -1,0 +1,83 @@
+"""config.json as typed, bounded fields; what nobody asked for is reported, never silently ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyruntime.errors import UsageError
+from pyruntime.spec.bounds import check_bool, check_int, check_real
+
+_REQUIRED: Any = object()
+
+
+class Fields:
+    """Typed access to the keys of a configuration. A key that is null counts as absent, as in Hugging Face's classes.
+
+    `layer(i)` gives the same fields with the overrides of layer i; which keys were asked for is shared by all views.
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        overrides: Mapping[int, Mapping[str, Any]] | None = None,
+        used: set[str] | None = None,
+    ) -> None:
+        self._data = data
+        self._overrides = overrides or {}
+        self._used: set[str] = set() if used is None else used
+
+    def layer(self, index: int) -> Fields:
+        """The fields as layer `index` sees them."""
+        return Fields({**self._data, **self._overrides.get(index, {})}, {}, self._used)
+
+    def with_layer_overrides(self, overrides: Mapping[int, Mapping[str, Any]]) -> Fields:
+        """The same fields, with `overrides` by layer index behind `layer`."""
+        return Fields(self._data, overrides, self._used)
+
+    def raw(self, name: str, default: Any = None) -> Any:
+        """The value as it stands, or `default`."""
+        self._used.add(name)
+        value = self._data.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> Any:
+        """An int in [low, high], or `default`. Raises UsageError CONFIG."""
+        return self._checked(name, default, lambda value: check_int(name, value, low, high))
+
+    def real(self, name: str, low: float, high: float, default: Any = _REQUIRED) -> Any:
+        """A finite float, low < value <= high, or `default`. Raises UsageError CONFIG."""
+        return self._checked(name, default, lambda value: check_real(name, value, low, high))
+
+    def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
+        """True or false, or `default`. Raises UsageError CONFIG."""
+        return self._checked(name, default, lambda value: check_bool(name, value))
+
+    def choice(self, name: str, choices: Mapping[str, Any], default: Any = _REQUIRED) -> Any:
+        """The entry of `choices` that the text names. Raises UsageError CONFIG that lists them."""
+
+        def pick(value: Any) -> Any:
+            if not isinstance(value, str) or value not in choices:
+                raise UsageError("CONFIG", f"{name} is {value!r}; supported: {', '.join(choices)}")
+            return choices[value]
+
+        return self._checked(name, default, pick)
+
+    def unused(self) -> tuple[str, ...]:
+        """Keys with a value that nobody asked for."""
+        return tuple(sorted(key for key, value in self._data.items() if value is not None and key not in self._used))
+
+    def ignore(self, names: frozenset[str]) -> None:
+        """Count `names` as asked for: they are known to have no influence on the result."""
+        self._used |= names
+
+    def _checked(self, name: str, default: Any, check: Any) -> Any:
+        value = self.raw(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise UsageError("CONFIG", f"config.json has no {name}; it is required")
+            return default
+        try:
+            return check(value)
+        except UsageError as error:
+            raise UsageError("CONFIG", f"config.json: {error}") from None

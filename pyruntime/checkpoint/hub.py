@@ -1,0 +1,48 @@
+"""From what a user calls a model to a folder: a path as it is, a Hub id through huggingface_hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from pyruntime.errors import CheckpointError, RunError, UsageError
+
+# nothing that could be executed or unpickled is ever fetched
+PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def resolve_model(model: str | Path, revision: str | None = None) -> Path:
+    """Folder of the model named `model`: an existing folder, or a Hub id (downloaded once, then from the local cache).
+
+    Raises UsageError MODEL when it is neither, RunError IO when the Hub cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError("MODEL", f"{path} is a file; expected the folder that holds config.json")
+    name = str(model)
+    if not _HUB_ID.fullmatch(name) or isinstance(model, Path):
+        raise UsageError("MODEL", f"{name!r} is no folder and no Hub id; expected a path, or owner/name")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # imported here: it costs a quarter of a second that a local model need not pay
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
+    except errors.LocalEntryNotFoundError:
+        raise RunError(
+            "IO", f"{name!r} is no local folder, is not in the local cache, and the Hub cannot be reached; check the name"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise UsageError("MODEL", f"{name!r} is no local folder and the Hub refuses it: {error}") from None
+    except errors.HfHubHTTPError as error:
+        raise RunError("IO", f"downloading {name!r} failed: {error}") from None
+    except OSError as error:
+        raise CheckpointError("IO", f"downloading {name!r} failed: {error}") from None

@@ -1,0 +1,89 @@
+"""JSON files read without trust: size before parsing, no duplicate keys, no NaN, no silent repair."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from pyruntime.errors import CheckpointError, PyruntimeError, RunError
+
+MAX_CONFIG_BYTES: Final = 1 << 20
+_MAX_DEPTH: Final = 64
+
+Problem = Callable[[str], PyruntimeError]
+
+
+def parse(text: bytes, where: str, code: str) -> Any:
+    """The JSON value in `text`. Raises CheckpointError `code` naming `where` and what is wrong."""
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(code, f"{where}: {what}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise CheckpointError("DUPLICATE_NAME", f"{where}: the key {twice[:80]!r} stands twice in one object")
+        return found
+
+    def no_constant(name: str) -> Any:
+        raise refuse(f"holds {name}, which is no JSON number")
+
+    # cheap upper bound of the depth, so that a hostile file cannot exhaust the parser's stack
+    if _depth(text) > _MAX_DEPTH:
+        raise refuse(f"is nested deeper than {_MAX_DEPTH} levels")
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except UnicodeDecodeError:
+        raise refuse("is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"is not valid JSON ({error})") from None
+
+
+def read_object(path: Path, code: str, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in the file `path`, at most `max_bytes` long. Raises CheckpointError `code`, or RunError IO."""
+    value = parse(read_bytes(path, code, max_bytes), path.name, code)
+    if not isinstance(value, dict):
+        raise CheckpointError(code, f"{path.name}: holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def read_bytes(path: Path, code: str, max_bytes: int) -> bytes:
+    """The bytes of a regular file of at most `max_bytes`."""
+    try:
+        # a FIFO in a checkpoint folder must not hang the reader
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(code, f"{path.name}: is no regular file")
+            if status.st_size > max_bytes:
+                raise CheckpointError(code, f"{path.name}: has {status.st_size} bytes; at most {max_bytes} are read")
+            return file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise CheckpointError(code, f"{path.name} is missing in {path.parent}") from None
+    except OSError as error:
+        raise RunError("IO", f"cannot read {path}: {error.strerror}") from None
+
+
+def _depth(text: bytes) -> int:
+    """Deepest nesting of brackets outside strings."""
+    depth = deepest = 0
+    in_string = escaped = False
+    for byte in text if text.count(b"[") + text.count(b"{") > _MAX_DEPTH else b"":
+        if in_string:
+            in_string = escaped or byte != 0x22
+            escaped = byte == 0x5C and not escaped
+        elif byte == 0x22:
+            in_string = True
+        elif byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+            if deepest > _MAX_DEPTH:
+                return deepest
+        elif byte in b"]}":
+            depth -= 1
+    return deepest

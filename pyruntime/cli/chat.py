@@ -1,0 +1,73 @@
+"""`pyruntime chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pyruntime.cli import options as o
+from pyruntime.errors import UsageError
+from pyruntime.llm import LLM
+
+
+def chat(
+    model: o.Model,
+    max_tokens: o.MaxTokens = None,
+    temperature: o.Temperature = None,
+    top_p: o.TopP = None,
+    top_k: o.TopK = None,
+    seed: o.Seed = None,
+    drop_attn: o.DropAttn = None,
+    drop_mlp: o.DropMlp = None,
+    drop_block: o.DropBlock = None,
+    drop_plan: o.DropPlanFile = None,
+    dtype: o.Dtype = "auto",
+    target: o.Target = "auto",
+    max_model_len: o.MaxModelLen = None,
+    revision: o.Revision = None,
+) -> None:
+    """Talk to a model that has a chat template. /reset starts over; /exit or the end of input leaves."""
+    llm = LLM(
+        model,
+        drop_attn=drop_attn,
+        drop_mlp=drop_mlp,
+        drop_block=drop_block,
+        drop_plan=drop_plan,
+        dtype=dtype,
+        target=target,
+        max_model_len=max_model_len,
+        revision=revision,
+        max_num_seqs=1,
+    )
+    if not llm.get_tokenizer().has_chat_template:
+        raise UsageError("CHAT", f"{model} has no chat template; use `pyruntime generate`, or a model made for chat")
+    said: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    params = dataclasses.replace(
+        llm.get_default_sampling_params(),
+        max_tokens=max_tokens,
+        **{name: value for name, value in said.items() if value is not None},
+    )
+    messages: list[dict[str, str]] = []
+    while (line := _read()) is not None:
+        if line == "/reset":
+            messages.clear()
+        elif line:
+            messages.append({"role": "user", "content": line})
+            ids = llm.get_tokenizer().apply_chat_template(messages)
+            answer = ""
+            for output in llm.stream(ids, params):
+                text = output.outputs[0].text
+                print(text[len(answer) :], end="", flush=True)
+                answer = text
+            print()
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _read() -> str | None:
+    """One line of the user, or None at the end."""
+    try:
+        line = input("> ").strip()
+    except EOFError:
+        print()
+        return None
+    return None if line == "/exit" else line

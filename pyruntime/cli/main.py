@@ -1,0 +1,90 @@
+"""The `pyruntime` command: sub-commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import click
+import typer
+
+import pyruntime
+from pyruntime import env
+from pyruntime.cli.bench import bench_app
+from pyruntime.cli.chat import chat
+from pyruntime.cli.collect_env import collect_env
+from pyruntime.cli.generate import generate
+from pyruntime.cli.inspect import inspect
+from pyruntime.errors import EXIT_BUG, PyruntimeError
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="pyruntime",
+    help="Inference for pruned transformer language models: dropped sublayers do not exist.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(chat)
+app.command()(inspect)
+app.add_typer(bench_app)
+app.command("collect-env")(collect_env)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(pyruntime.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the sub-command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, or the code of the error (reference: errors.py), or 130 after Ctrl-C."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    try:
+        logging.basicConfig(level=env.logging_level(), format="%(levelname)s %(name)s: %(message)s")
+        # HTTP libraries chat at info level; the level asked for is about us
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        result = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except PyruntimeError as error:
+        print(error.one_line(), file=sys.stderr)
+        return error.exit_code
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        print(f"error[USAGE]: {error.format_message()} (pyruntime --help shows what there is)", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _INTERRUPTED
+    except MemoryError:
+        print("error[MEMORY]: the machine is out of memory; use a smaller model, batch or context", file=sys.stderr)
+        return 7
+    except BrokenPipeError:
+        # whoever read our output has seen enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        logging.getLogger("pyruntime").debug("traceback", exc_info=True)
+        print(
+            f"error[BUG]: {type(error).__name__}: {error}; this is a defect of pyruntime, please report it with the "
+            "traceback that PYRUNTIME_LOGGING_LEVEL=debug shows",
+            file=sys.stderr,
+        )
+        return EXIT_BUG

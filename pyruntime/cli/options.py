@@ -1,0 +1,37 @@
+"""Options that several commands share, with the names users know from vLLM and LLM-Drop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyruntime.engine.load import DropOptions
+
+Model = Annotated[str, typer.Argument(help="Folder of the model, or a Hub id.", show_default=False)]
+DropAttn = Annotated[
+    str | None, typer.Option("--drop-attn", help="Attentions to drop: 25,26 or 20-30 or 20-30+2 or last:8.")
+]
+DropMlp = Annotated[str | None, typer.Option("--drop-mlp", help="MLPs to drop, written likewise.")]
+DropBlock = Annotated[str | None, typer.Option("--drop-block", help="Layers to drop whole, written likewise.")]
+DropPlanFile = Annotated[
+    Path | None, typer.Option("--drop-plan", help="JSON file that says what to drop.", dir_okay=False)
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
+Target = Annotated[str, typer.Option("--target", help="auto or reference.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option("--max-model-len", help="Longest sequence in tokens (default: the model's context).")
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="New tokens at most (default: the model's own, or 16).")]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="0 takes the likeliest token.")]
+TopP = Annotated[float | None, typer.Option("--top-p")]
+TopK = Annotated[int | None, typer.Option("--top-k")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+
+
+def drop_options(attn: str | None, mlp: str | None, block: str | None, plan: Path | None) -> DropOptions:
+    """The four drop options as the engine takes them."""
+    return DropOptions(drop_attn=attn, drop_mlp=mlp, drop_block=block, drop_plan=plan)

@@ -1,0 +1,177 @@
+"""From the name of a model to everything an engine needs: model, plan, tokenizer, defaults."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pyruntime import env
+from pyruntime.checkpoint import Model, read_model, resolve_model
+from pyruntime.checkpoint.strict_json import read_object
+from pyruntime.engine.engine import Engine, EngineConfig, available_memory, check_memory
+from pyruntime.engine.params import eos_token_ids
+from pyruntime.engine.schedule import SchedulerConfig
+from pyruntime.engine.tokenizer import Tokenizer
+from pyruntime.errors import RunError, UsageError
+from pyruntime.graph import build, fuse
+from pyruntime.passes import drop, make_drop_plan
+from pyruntime.passes.drop import Layers
+from pyruntime.plan import DTYPES, Plan, lower
+from pyruntime.spec import DropPlan, RopeKind
+
+PAGE_SIZE: Final = 16
+# of the memory that is free once the weights are in place
+_CACHE_SHARE: Final = 0.4
+_LOGGER: Final = logging.getLogger("pyruntime")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropOptions:
+    """What to leave out, in every way a user can say it (see passes.make_drop_plan)."""
+
+    drop_attn: Layers | None = None
+    drop_mlp: Layers | None = None
+    drop_block: Layers | None = None
+    drop_plan: DropPlan | str | Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSizes:
+    """Sizes of an engine; None lets the model and the machine decide."""
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_cache_memory_bytes: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model on its plan, with its tokenizer (None where it was not asked for) and the defaults of its author."""
+
+    model: Model
+    plan: Plan
+    tokenizer: Tokenizer | None
+    generation_config: Mapping[str, Any]
+    eos_token_ids: tuple[int, ...]
+
+
+def read_pruned(name: str | Path, drops: DropOptions, revision: str | None = None) -> Model:
+    """The model called `name` without what it declares as dropped and without what `drops` names; no byte is read."""
+    _LOGGER.setLevel(env.logging_level())
+    model = read_model(resolve_model(name, revision))
+    plan = make_drop_plan(
+        model.spec,
+        drop_attn=drops.drop_attn,
+        drop_mlp=drops.drop_mlp,
+        drop_block=drops.drop_block,
+        drop_plan=drops.drop_plan,
+    )
+    for note in model.notes:
+        _LOGGER.warning("%s: %s", name, note)
+    return drop(model, plan) if plan else model
+
+
+def load(
+    name: str | Path,
+    *,
+    drops: DropOptions = DropOptions(),
+    dtype: str = "auto",
+    target: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    skip_tokenizer_init: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Loaded:
+    """Read, prune, build, fuse and lower the model called `name`.
+
+    `target` "auto" is the best that runs whole plans here. `progress` is called with (bytes read, bytes in all).
+    Raises the errors of each stage, and RunError MEMORY before weights that do not fit are read.
+    """
+    model = read_pruned(name, drops, revision)
+    assert model.path is not None
+    tokenizer = None if skip_tokenizer_init else Tokenizer(model.path)
+    if tokenizer is not None:
+        tokenizer.check_vocab(model.spec.vocab_size)
+    generation_config = _generation_config(model.path)
+    eos = eos_token_ids(generation_config, model.config)
+    for token_id in eos:
+        if token_id >= model.spec.vocab_size:
+            raise UsageError("CONFIG", f"eos_token_id is {token_id}; the model has {model.spec.vocab_size} tokens")
+    stored = DTYPES.get(model.dtype if dtype == "auto" else dtype)
+    if stored is not None:
+        check_memory(model.weight_bytes // DTYPES[model.dtype].itemsize * stored.itemsize, f"loading {name}")
+    done, total = 0, model.weight_bytes
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    plan = lower(
+        fuse(build(model.spec)),
+        model,
+        target="reference" if target == "auto" else target,
+        dtype=dtype,
+        device=device,
+        progress=count,
+    )
+    _LOGGER.debug("plan of %s:\n%s", name, plan.explain())
+    return Loaded(model=model, plan=plan, tokenizer=tokenizer, generation_config=generation_config, eos_token_ids=eos)
+
+
+def make_engine(loaded: Loaded, sizes: EngineSizes = EngineSizes()) -> Engine:
+    """An engine over the loaded plan, with a cache as large as asked for or as the machine allows.
+
+    Raises UsageError for a context that the model was not made for, RunError MEMORY for a cache that does not fit.
+    """
+    spec = loaded.model.spec
+    length = spec.max_position if sizes.max_model_len is None else sizes.max_model_len
+    if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_position:
+        kinds = {a.rope.kind for _, a in spec.attentions() if a.rope is not None}
+        why = "; 'dynamic' rope would change keys that are cached already" if RopeKind.DYNAMIC in kinds else ""
+        raise UsageError(
+            "CONFIG", f"max_model_len is {length!r}; the model was made for 1 to {spec.max_position} tokens{why}"
+        )
+    scheduler = SchedulerConfig(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+    config = EngineConfig(
+        max_model_len=length,
+        num_pages=_num_pages(loaded.plan, length, sizes),
+        page_size=PAGE_SIZE,
+        seed=sizes.seed,
+        scheduler=scheduler,
+    )
+    return Engine(loaded.plan, config, loaded.tokenizer, loaded.eos_token_ids)
+
+
+def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
+    per_sequence = -(-max_model_len // PAGE_SIZE)
+    useful = per_sequence * sizes.max_num_seqs
+    page_bytes = plan.kv_bytes_per_token * PAGE_SIZE
+    if page_bytes == 0:
+        return useful
+    if sizes.kv_cache_memory_bytes is not None:
+        pages = sizes.kv_cache_memory_bytes // page_bytes
+        if pages < 1:
+            raise UsageError("CONFIG", f"kv_cache_memory_bytes is {sizes.kv_cache_memory_bytes}; a page takes {page_bytes}")
+        check_memory(pages * page_bytes, f"a KV cache of {pages} pages")
+        return min(pages, useful)
+    available = available_memory()
+    pages = useful if available is None else min(useful, int(available * _CACHE_SHARE) // page_bytes)
+    if pages < per_sequence:
+        raise RunError(
+            "MEMORY",
+            f"one sequence of {max_model_len} tokens needs {per_sequence * page_bytes / 2**30:.2f} GiB of KV cache; "
+            f"{pages * page_bytes / 2**30:.2f} GiB are free for it: lower max_model_len",
+        )
+    return pages
+
+
+def _generation_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "generation_config.json"
+    return read_object(path, "CONFIG") if path.exists() else {}

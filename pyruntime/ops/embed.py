@@ -1,0 +1,44 @@
+"""K0: rows of the embedding table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pyruntime.ops.attrs import Shape
+from pyruntime.ops.step import View
+from pyruntime.spec import Embedding
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedAttrs:
+    """Token ids of the step's rows to stream values."""
+
+    embedding: Embedding
+
+    def weight_shapes(self) -> dict[str, Shape]:
+        """The table."""
+        return {"weight": (self.embedding.vocab_size, self.embedding.size)}
+
+    def in_widths(self) -> tuple[int, ...]:
+        """No buffer: token ids come with the step."""
+        return ()
+
+    def out_widths(self) -> tuple[int, ...]:
+        """The stream."""
+        return (self.embedding.size,)
+
+    def flops_per_row(self) -> int:
+        """None: a look-up."""
+        return 0
+
+
+def reference(
+    attrs: EmbedAttrs, weights: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor], view: View
+) -> tuple[torch.Tensor, ...]:
+    """[rows, hidden], scaled, in the dtype that sums are kept in."""
+    rows = weights["weight"][view.token_ids]
+    rows = rows.to(torch.float64 if rows.dtype is torch.float64 else torch.float32)
+    return (rows if attrs.embedding.scale == 1.0 else rows * attrs.embedding.scale,)

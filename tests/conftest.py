@@ -1,0 +1,76 @@
+"""Fixtures: tiny random models in Hugging Face form, their transformers twins, and poisoned memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pyruntime.ops import attention, cache, memory
+
+# nothing here may reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# the models are tiny: a second thread costs more than it gives, above all on a busy machine
+torch.set_num_threads(1)
+
+TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that pyruntime allocates starts as NaN, so that reading what nobody wrote shows."""
+    honest = memory.alloc
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return honest(*args, **kwargs).fill_(torch.nan)
+
+    for module in (memory, cache, attention):
+        monkeypatch.setattr(module, "alloc", poisoned)
+
+
+@pytest.fixture(scope="session")
+def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Path, Any]]]:
+    """A function from LlamaConfig overrides to (folder, transformers model); equal overrides share a folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def make(**overrides: Any) -> tuple[Path, Any]:
+        key = repr(sorted(overrides.items()))
+        if key not in made:
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(LlamaConfig(**{**TINY, **overrides})).eval()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    # transformers starts with gains of one and biases of zero, which would hide mistakes
+                    spread = 0.2 if parameter.dim() > 1 else 0.3
+                    parameter.copy_(torch.randn_like(parameter) * spread + (1.0 if "norm" in name else 0.0))
+            folder = tmp_path_factory.mktemp("llama")
+            model.save_pretrained(folder)
+            made[key] = (folder, model)
+        return made[key]
+
+    yield make
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder with real models and corpora; tests that need it are skipped where it is not named."""
+    value = os.environ.get("PYRUNTIME_TEST_DATA")
+    if not value:
+        pytest.skip("PYRUNTIME_TEST_DATA not set")
+    return Path(value)

@@ -1,0 +1,90 @@
+"""What several test modules compute: the oracle of transformers, and a plan's logits in every way of running it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyruntime.checkpoint import Model, read_model
+from pyruntime.graph import build, fuse
+from pyruntime.ops.step import SequenceSlice, make_step
+from pyruntime.passes import drop
+from pyruntime.plan import Plan, lower
+from pyruntime.spec import DropPlan
+
+PAGE_SIZE = 4
+
+
+def without(hf_model: Any, plan: DropPlan) -> Any:
+    """A copy of a transformers Llama whose dropped sublayers add exactly zero to the stream."""
+    pruned = copy.deepcopy(hf_model)
+    with torch.no_grad():
+        for index in plan.attention:
+            _zero(pruned.model.layers[index].self_attn.o_proj)
+        for index in plan.mlp:
+            _zero(pruned.model.layers[index].mlp.down_proj)
+    return pruned
+
+
+def _zero(linear: torch.nn.Linear) -> None:
+    linear.weight.zero_()
+    if linear.bias is not None:
+        linear.bias.zero_()
+
+
+def hf_logits(hf_model: Any, token_ids: Sequence[int]) -> torch.Tensor:
+    """Logits [tokens, vocab] of transformers' uncached forward over the whole sequence."""
+    with torch.no_grad():
+        logits: torch.Tensor = hf_model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    return logits
+
+
+def pruned_model(folder: Path, plan: DropPlan) -> Model:
+    """The checkpoint in `folder` without what `plan` names."""
+    return drop(read_model(folder), plan)
+
+
+def make_plan(folder: Path, plan: DropPlan = DropPlan(), dtype: str = "float32", fused: bool = True) -> Plan:
+    """The lowered plan of the pruned checkpoint."""
+    model = pruned_model(folder, plan)
+    graph = build(model.spec)
+    return lower(fuse(graph) if fused else graph, model, dtype=dtype)
+
+
+def pages_of(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Disjoint pages for each sequence, interleaved and out of order as an engine would hand them out."""
+    counts = [-(-len(sequence) // PAGE_SIZE) for sequence in sequences]
+    free = list(range(sum(counts)))[::-1]
+    pages: list[list[int]] = [[] for _ in sequences]
+    while free:
+        for own, count in zip(pages, counts, strict=True):
+            if len(own) < count:
+                own.append(free.pop(len(free) // 2))
+    return pages
+
+
+def all_logits(plan: Plan, sequences: Sequence[Sequence[int]], chunk: int) -> list[torch.Tensor]:
+    """Logits of every position of every sequence, all sequences advancing together by `chunk` tokens a step."""
+    pages = pages_of(sequences)
+    cache = plan.new_cache(sum(map(len, pages)), PAGE_SIZE)
+    found: list[list[torch.Tensor]] = [[] for _ in sequences]
+    for start in range(0, max(map(len, sequences)), chunk):
+        slices, owners = [], []
+        for i, (sequence, own) in enumerate(zip(sequences, pages, strict=True)):
+            ids = sequence[start : start + chunk]
+            if ids:
+                slices.append(SequenceSlice(ids, start, own, range(len(ids))))
+                owners.append((i, len(ids)))
+        logits = plan.run(make_step(slices, cache))
+        for (i, count), rows in zip(owners, logits.split([count for _, count in owners]), strict=True):
+            found[i].append(rows)
+    return [torch.cat(rows) for rows in found]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the spread of the expected values."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().std())
