@@ -6,7 +6,6 @@ waits for ever behind a row of them, and it knows neither stop strings nor the p
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Final
@@ -111,7 +110,7 @@ class IncrementalDetokenizer:
         if self._prompt_text is not None:
             if not final and len(decided) < len(self._prompt_text) and self._prompt_text.startswith(decided):
                 return ""
-            self._num_read = len(os.path.commonprefix((self._prompt_text, decided)))
+            self._num_read = _common_length(self._prompt_text, decided)
             self._prompt_text = None
         fresh = decided[self._num_read :]
         self._num_read += len(fresh)
@@ -142,6 +141,13 @@ class IncrementalDetokenizer:
     def _decode(self, ids: Sequence[int]) -> str:
         # what is to be skipped never enters the window
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _common_length(left: str, right: str) -> int:
+    for i, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return i
+    return min(len(left), len(right))
 
 
 class _StopFinder:

@@ -1,4 +1,4 @@
-"""Compile the Triton norm kernel for GPUs that need not be here; prints one JSON line per target with what it spills."""
+"""Compile the Triton norm kernel for GPUs that need not be here; prints one JSON line per target with its spills."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ def rows_of(script: str, interpret: bool = True) -> tuple[dict[str, Any], ...]:
     """Rows that a script beside this file prints, run once, with the interpreter unless told otherwise."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     mode = {"TRITON_INTERPRET": "1" if interpret else "0", "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment = {**os.environ, **mode, "PYTHONPATH": path}
     command = [sys.executable, str(Path(__file__).parent / script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, **mode, "PYTHONPATH": path, "TRITON_CACHE_DIR": folder}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return tuple(json.loads(line) for line in done.stdout.splitlines())
 

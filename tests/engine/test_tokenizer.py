@@ -1,0 +1,399 @@
+"""Tokenizer against transformers' own, and against files that lie."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from pyruntime.engine.tokenizer import MAX_FILE_BYTES, Tokenizer
+from pyruntime.errors import CheckpointError, UsageError
+
+TEXTS = [
+    "",
+    " ",
+    "Once upon a time",
+    "  two  spaces\tand\n\nlines ",
+    "café é 🦙👩‍🚀 中文 \ufffd \x00 \ufeff",
+    "<s>hello</s> <unk> world<s>",
+    "a" * 300,
+    "<|extra|>x <extra_0> <image>",
+]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT = [{"role": "user", "content": " Hi <s> 🦙 "}, {"role": "assistant", "content": "the cat"}]
+
+
+def make_backend(post_processor: bool) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the cat sat on the mat, the end. hello world"] * 3, trainer)
+    if post_processor:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+        )
+    return backend
+
+
+def write_folder(folder: Path, config: dict[str, Any], post_processor: bool = True, **files: Any) -> Path:
+    make_backend(post_processor).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+FAST = {**NAMES, "tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def assert_like_transformers(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folder, local_files_only=True), Tokenizer(folder)
+    for text in TEXTS:
+        for special in (True, False):
+            ids = theirs.encode(text, add_special_tokens=special)
+            assert ours.encode(text, add_special_tokens=special) == ids, (text, special)
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert (ours.pad_id, ours.unk_id) == (theirs.pad_token_id, theirs.unk_token_id)
+    assert set(theirs.all_special_ids) <= ours.special_ids
+    assert ours.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize("model", ["stories260k", "babyllama-char-1m"])
+def test_real_models_like_transformers(model: str) -> None:
+    data = os.environ.get("PYRUNTIME_TEST_DATA")
+    if data is None:
+        pytest.skip("PYRUNTIME_TEST_DATA not set")
+    assert_like_transformers(Path(data) / "models" / model)
+
+
+@pytest.mark.parametrize("post_processor", [True, False])
+@pytest.mark.parametrize("add_bos", [True, False, None])
+def test_bos_like_transformers(tmp_path: Path, post_processor: bool, add_bos: bool | None) -> None:
+    config = FAST if add_bos is None else {**FAST, "add_bos_token": add_bos, "add_eos_token": False}
+    folder = write_folder(tmp_path, config, post_processor)
+    assert_like_transformers(folder)
+    # the rule that this comparison found: only the post-processor counts
+    assert (Tokenizer(folder).encode("x")[0] == 1) == post_processor
+
+
+ADDED = {"content": "<|extra|>", "lstrip": True, "rstrip": True, "normalized": False, "special": True}
+CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a special token that tokenizer.json lacks": ({**FAST, "pad_token": "<|extra|>"}, {}),
+    "an ordinary token that is named special": ({**FAST, "unk_token": "the"}, {}),
+    "flags in an object": ({**FAST, "pad_token": ADDED}, {}),
+    "a list of extra tokens": ({**FAST, "extra_special_tokens": ["<|extra|>", "<extra_0>"]}, {}),
+    "the old name of that list": ({**FAST, "additional_special_tokens": ["<extra_0>"]}, {}),
+    "a token of a model family": ({**FAST, "image_token": "<image>"}, {}),
+    "added_tokens_decoder": (
+        {**FAST, "added_tokens_decoder": {"2": {**ADDED, "content": "</s>"}, "320": ADDED, "1": {"content": "<s>"}}},
+        {},
+    ),
+    "special_tokens_map.json": (
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"special_tokens_map": {"bos_token": "<s>", "eos_token": {**ADDED, "content": "</s>"}, "pad_token": "<image>"}},
+    ),
+    "special_tokens_map.json beside added_tokens_decoder": (
+        {**FAST, "added_tokens_decoder": {"1": {**ADDED, "content": "<s>"}}},
+        {"special_tokens_map": {"pad_token": "<image>", "bos_token": "</s>"}},
+    ),
+    "split_special_tokens": ({**FAST, "split_special_tokens": True}, {}),
+}
+
+
+@pytest.mark.parametrize("case", sorted(CONFIGS))
+def test_tokens_of_the_config_like_transformers(tmp_path: Path, case: str) -> None:
+    config, files = CONFIGS[case]
+    assert_like_transformers(write_folder(tmp_path, config, **files))
+
+
+def test_truncation_and_padding_in_the_file_do_not_apply(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, FAST)
+    backend = make_backend(True)
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50, pad_id=2, pad_token="</s>")
+    backend.save(str(folder / "tokenizer.json"))
+    assert_like_transformers(folder)
+    assert len(Tokenizer(folder).encode("a b c d e f g")) == 14
+
+
+def test_a_disagreement_about_bos_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="pyruntime"):
+        Tokenizer(write_folder(tmp_path, {**FAST, "add_bos_token": True}, post_processor=True))
+        assert caplog.records == []
+        Tokenizer(write_folder(tmp_path, {**FAST, "add_bos_token": True}, post_processor=False))
+    assert len(caplog.records) == 1
+    assert "tokenizer.json is obeyed" in caplog.text
+
+
+def test_loading_and_encoding_import_no_transformers(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {**FAST, "chat_template": TEMPLATE})
+    code = (
+        "import sys; from pyruntime.engine.tokenizer import Tokenizer; "
+        f"t = Tokenizer({str(folder)!r}); t.decode(t.encode('the cat')); "
+        "t.apply_chat_template([{'role': 'user', 'content': 'x'}]); assert 'transformers' not in sys.modules; "
+        "assert t.hf().encode('the cat') == t.encode('the cat'); assert t.hf() is t.hf()"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# what single methods promise
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": TEMPLATE}))
+
+
+@pytest.mark.parametrize("text", ["\ud800", "abc\udfff", "\udce9 x"])
+def test_lone_surrogates_are_refused(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.raises(UsageError, match="lone surrogate U\\+D"):
+        tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("text", [None, b"abc", 5, ["a"]])
+def test_only_text_is_encoded(tokenizer: Tokenizer, text: Any) -> None:
+    with pytest.raises(UsageError, match="expected a string"):
+        tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("ids", [[-1], [2**40], ["a"], [1.5]])
+def test_ids_that_are_none_are_refused(tokenizer: Tokenizer, ids: Any) -> None:
+    with pytest.raises(UsageError, match="cannot decode"):
+        tokenizer.decode(ids)
+
+
+def test_token_to_text_is_what_a_token_adds(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(" the cat 🦙", add_special_tokens=False)
+    assert tokenizer.token_to_text(ids[0]) == " the"
+    assert tokenizer.token_piece(ids[0]) == "Ġthe"
+    assert tokenizer.token_to_text(ids[-1]) == "\ufffd"
+    assert tokenizer.token_to_text(1) == "<s>"
+    assert tokenizer.token_to_text(9999) == ""
+    assert tokenizer.token_piece(9999) is None
+    assert tokenizer.byte_fallback_ids == frozenset()
+
+
+def test_check_vocab(tokenizer: Tokenizer) -> None:
+    tokenizer.check_vocab(3)
+    with pytest.raises(CheckpointError, match=r"eos_token '</s>' has id 2; the model has ids 0 to 1"):
+        tokenizer.check_vocab(2)
+
+
+# files
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        Tokenizer(folder)
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, r"tokenizer\.json is missing; expected .*save_pretrained")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"{}", b'{"model": 5}', b"\xff\xfe", b"[" * 100_000, b'{"version": "1.0"}']
+)
+def test_a_corrupt_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    refused(tmp_path, r"tokenizer\.json")
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    data = (write_folder(tmp_path, FAST) / "tokenizer.json").read_bytes().rstrip()
+    for size in range(0, len(data), 997):
+        (tmp_path / "tokenizer.json").write_bytes(data[:size])
+        refused(tmp_path, r"tokenizer\.json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_above_the_limit_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path, FAST)
+    with (folder / name).open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    refused(folder, "larger than the limit")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', "[" * 100_000, "\x00"])
+def test_a_corrupt_config_is_refused(tmp_path: Path, content: str) -> None:
+    folder = write_folder(tmp_path, FAST)
+    (folder / "tokenizer_config.json").write_text(content)
+    refused(folder, r"tokenizer_config\.json")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"bos_token": {"content": 5}},
+        {"added_tokens_decoder": {"x": "a"}},
+        {"added_tokens_decoder": [1]},
+        {"added_tokens_decoder": {"1": 5}},
+        {"extra_special_tokens": [5]},
+        {"extra_special_tokens": 5},
+        {"chat_template": 5},
+        {"chat_template": "x" * (2**20 + 1)},
+    ],
+)
+def test_a_lying_config_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="expected|no text"):
+        Tokenizer(write_folder(tmp_path, config))
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").mkdir()
+    refused(tmp_path, "cannot read")
+
+
+# chat templates
+
+
+def test_chat_like_transformers(tokenizer: Tokenizer) -> None:
+    for prompt in (True, False):
+        ids = tokenizer.hf().apply_chat_template(CHAT, add_generation_prompt=prompt, return_dict=False)
+        assert tokenizer.apply_chat_template(CHAT, add_generation_prompt=prompt) == ids
+    rendered = tokenizer.render_chat(CHAT)
+    assert rendered == "<s>[user] Hi <s> 🦙</s>\n[assistant] the cat</s>\n[assistant]"
+    assert tokenizer.has_chat_template
+
+
+TEMPLATES = [
+    "{%- for m in messages %}\n  {%- if m.role == 'user' %}\n    {{- 'U: ' ~ m.content ~ loop.index }}\n  {%- endif %}\n{%- endfor %}",
+    "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
+    "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ tools is none }}{{ documents is none }}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content|length %}{% endfor %}{{ ns.n }}",
+    "{{ messages | map(attribute='role') | join(', ') }} {{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
+    "{% macro turn(m) %}<{{ m.role }}>{{ caller() if caller else '' }}{{ m['content'].strip().split()[0] }}{% endmacro %}"
+    "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+    "{{ messages[::-1] | first }} {{ 'a%s' % 3 }} {{ '{}-{x}'.format(1, x=2) }} {{ 7 // 2 * 3 ** 2 }} {{ undefined_thing }}",
+    "{{ messages[0]['content'].replace('Hi', 'Ho') | upper }} {{ '-' * 5 }} {{ messages | tojson(indent=2) }}",
+    "{% if messages[0]['role'] not in ['user', 'system'] %}{{ raise_exception('x') }}{% endif %}{{ strftime_now('%Y') }}",
+    "{{ dict(a=1, **messages[0]) | items | list }} {{ {'b': 1}.get('c', 2) }} {{ messages[0].items() | list | length }}",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> None:
+    tokenizer = Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": template}))
+    theirs = tokenizer.hf().apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.render_chat(CHAT) == theirs
+
+
+def test_the_template_file_wins_and_lists_have_a_default(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {**FAST, "chat_template": "config"})
+    (folder / "chat_template.jinja").write_text("file")
+    assert Tokenizer(folder).render_chat(CHAT) == "file"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({**FAST, "chat_template": named}))
+    assert Tokenizer(folder).render_chat(CHAT) == "plain"
+
+
+def test_without_a_template_the_error_says_what_to_do(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_folder(tmp_path, FAST))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(UsageError, match=r"no chat template; use a plain prompt, or .* chat_template\.jinja"):
+        tokenizer.apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "hi", None, 5, {"role": "user"}, ["hi"], [{"content": "x"}], [{1, 2}], [{"role": 5}]]
+)
+def test_messages_are_checked(tokenizer: Tokenizer, messages: Any) -> None:
+    with pytest.raises(UsageError, match="messages"):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_surrogates_in_messages_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UsageError, match="surrogate"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "\ud800"}])
+
+
+def test_the_messages_are_not_changed(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": "{{ messages[0].update(role='x') }}"}))
+    messages = [{"role": "user", "content": "x"}]
+    with pytest.raises(UsageError, match="unsafe"):
+        tokenizer.render_chat(messages)
+    assert messages == [{"role": "user", "content": "x"}]
+
+
+def test_a_template_with_a_syntax_error_is_the_checkpoints_fault(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": "{% if %}"}))
+    with pytest.raises(CheckpointError, match="cannot be parsed"):
+        tokenizer.render_chat(CHAT)
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
+GROW = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
+HOSTILE = {
+    "endless loop": LOOP.replace("BODY", ""),
+    "endless output": LOOP.replace("BODY", "x" * 1000),
+    "hidden output": "{% set y %}" + LOOP.replace("BODY", "{{ 'x' * 4000000 }}") + "{% endset %}",
+    "recursion": "{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(9) }}",
+    "branching recursion": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    "string product": "{{ 'a' * 10000000000 }}",
+    "list product": "{{ [1] * 10000000000 }}",
+    "nested lists": "{{ [[1] * 90000] * 90000 }}",
+    "nested lists as JSON": "{{ ([[1] * 90000] * 90000) | tojson }}",
+    "doubling with ~": GROW.replace("START", "'a'").replace("STEP", "ns.x ~ ns.x"),
+    "doubling with +": GROW.replace("START", "'a'").replace("STEP", "ns.x + ns.x"),
+    "doubling lists": GROW.replace("START", "1").replace("STEP", "[ns.x, ns.x]"),
+    "replace method": GROW.replace("START", "'a'").replace("STEP", "ns.x.replace('a', 'aaaaaaaaa')"),
+    "replace filter": GROW.replace("START", "'a'").replace("STEP", "ns.x | replace('a', 'aaaaaaaaa')"),
+    "join": GROW.replace("START", "'a'").replace("STEP", "[ns.x, ns.x] | join(ns.x)"),
+    "squaring": GROW.replace("START", "3").replace("STEP", "ns.x * ns.x"),
+    "power": "{{ 9 ** 9 ** 9 }}",
+    "center": "{{ 'a' | center(10000000000) }}",
+    "ljust": "{{ 'a'.ljust(10000000000) }}",
+    "old format": "{{ '%10000000000d' % 1 }}",
+    "old format, width argument": "{{ '%*d' % (10000000000, 1) }}",
+    "new format": "{{ '{:10000000000}'.format(1) }}",
+    "new format, width argument": "{{ '{:{}}'.format(1, 10000000000) }}",
+    "format of a nested list": GROW.replace("START", "1")
+    .replace("STEP", "[ns.x, ns.x]")
+    .replace("{{ ns.x }}", "{{ '{}'.format(ns.x) }}"),
+    "indent": "{{ messages | tojson(indent=1000000000) }}",
+    "attributes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__ }}",
+    "format attributes": "{{ '{0.__class__}'.format(1) }}{{ (1).__class__.x.y }}",
+    "the budget": "{% set pyruntime_budget = 1 %}" + LOOP.replace("BODY", ""),
+    "include": "{% include '/etc/passwd' %}",
+    "an exception of the template": "{{ raise_exception('only user and assistant') }}",
+}
+
+
+@pytest.mark.parametrize("what", sorted(HOSTILE))
+def test_a_hostile_template_is_stopped(tmp_path: Path, what: str) -> None:
+    import resource
+    import time
+
+    tokenizer = Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": HOSTILE[what]}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.monotonic()
+    with pytest.raises(UsageError, match="chat template of this model"):
+        tokenizer.render_chat(CHAT)
+    # one second is allowed; the rest is for slow and busy machines
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
