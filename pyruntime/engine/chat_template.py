@@ -203,8 +203,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             _check_product(left, right)
-        elif operator == "**" and not (isinstance(right, int) and abs(right) <= 64):
-            raise _LimitError("an exponent above 64")
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            if left.bit_length() * right > _MAX_INT_BITS:
+                raise _LimitError("a number of thousands of digits")
         elif operator == "%" and isinstance(left, str):
             _check_format(left)
             _check_text_size((right,))

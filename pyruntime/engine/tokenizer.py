@@ -43,6 +43,12 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:
             config |= _read_json(self._folder / "special_tokens_map.json")
         self._backend = _load_backend(self._folder / "tokenizer.json")
+        if self._backend.padding is not None:
+            config.setdefault("pad_token", self._backend.padding["pad_token"])
+        # a prompt is neither cut nor filled up, whatever the file was saved with
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = config.get("split_special_tokens") is True
         self._named = _add_config_tokens(self._backend, config)
         self._template_text = _find_chat_template(self._folder, config)
         added = self._backend.get_added_tokens_decoder()
@@ -214,8 +220,6 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise CheckpointError("TOKENIZER", f"{path} is no tokenizer: {error}; copy the file again") from error
-    backend.no_truncation()
-    backend.no_padding()
     return backend
 
 
@@ -246,7 +250,9 @@ def _add_config_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any])
             named[name] = token.content
             extra.append(tokens.get(token.content, token))
     for key in _EXTRA_KEYS:
-        values = config.get(key) or ()
+        values = config.get(key) or []
+        if not isinstance(values, (list, dict)):
+            raise CheckpointError("TOKENIZER", f"{key} is a {type(values).__name__}; expected a list of tokens")
         for value in values.values() if isinstance(values, dict) else values:
             token = _added_token(value, key)
             extra.append(tokens.get(token.content, token))

@@ -160,7 +160,7 @@ def test_any_ids_come_out_as_they_are_decoded_at_once(
     # ids at random: broken characters, byte runs, special tokens, ids without a token
     tokenizer = built[name]
     token_id = st.one_of(st.integers(0, tokenizer.vocab_size + 2), st.integers(120, 262))
-    prompt = data.draw(st.lists(token_id, max_size=6))
+    prompt = data.draw(st.lists(token_id, max_size=20))
     output = data.draw(st.lists(token_id, max_size=90))
     assert run(tokenizer, prompt, output, skip=skip)[0] == whole(tokenizer, prompt, output, skip)
 
@@ -230,6 +230,24 @@ def test_a_byte_run_waits_for_its_end(built: dict[str, Tokenizer]) -> None:
     assert run(tokenizer, [a], [*ids, 3 + 0xFF, a])[0] == "\ufffd" * 4 + "a"
 
 
+def test_a_byte_run_of_the_prompt_is_not_cut(built: dict[str, Tokenizer]) -> None:
+    tokenizer = built["byte_fallback"]
+    a = tokenizer.encode("a")[-1]
+    run_ids = [3 + byte for byte in "中中中中".encode()]
+    prompt, output = [a, *run_ids[:-1]], [run_ids[-1], a]
+    assert run(tokenizer, prompt, output)[0] == whole(tokenizer, prompt, output) == "中中中中a"
+
+
+def test_a_decoder_that_strips_many_spaces(tmp_path: Path) -> None:
+    backend, dec = byte_fallback(), tokenizers.decoders
+    backend.decoder = dec.Sequence([dec.Replace("▁", " "), dec.Fuse(), dec.Strip(" ", 20, 0)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    a, space = tokenizer.encode("a")[-1], tokenizer.encode(" ")[0]
+    assert tokenizer.token_piece(space) == "▁"
+    assert run(tokenizer, [a], [space] * 60 + [a])[0] == " " * 60 + "a"
+
+
 # stop strings
 
 
@@ -296,6 +314,14 @@ def test_min_tokens_lets_stop_strings_pass(built: dict[str, Tokenizer]) -> None:
     # a stop string may begin within the first tokens if it ends behind them
     assert run(tokenizer, [], ids, stop=("xy",), min_tokens=3)[0] == "xy"
     assert run(tokenizer, [], ids, stop=("xy",), min_tokens=6)[:2] == ("xyxyxy", None)
+
+
+def test_a_stop_string_of_the_first_tokens_does_not_count_later(built: dict[str, Tokenizer]) -> None:
+    tokenizer = built["byte_level"]
+    ids = [tokenizer.encode(character)[0] for character in "xyqxy"]
+    # "xy" is held back as the start of the longer one
+    assert run(tokenizer, [], ids[:3], stop=("xy", "xyz"), min_tokens=2)[:2] == ("xyq", None)
+    assert run(tokenizer, [], ids, stop=("xy", "xyz"), min_tokens=2)[:2] == ("xyq", "xy")
 
 
 def test_nothing_may_be_pushed_after_a_stop(built: dict[str, Tokenizer]) -> None:

@@ -159,6 +159,11 @@ def test_the_draw_is_the_inverse_of_the_cumulative_sum() -> None:
         assert one(row, SampleConfig(temperature=1.0, seed=5), step=step).token_id == wanted
 
 
+def test_a_random_number_of_zero_draws_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "uniform", lambda seed, step: 0.0)
+    assert one(torch.tensor([float("-inf"), 0.0, 0.0]), SampleConfig(temperature=1.0)).token_id == 1
+
+
 # penalties
 
 
@@ -380,7 +385,7 @@ def test_minus_infinity_is_an_ordinary_mask() -> None:
 
 def test_a_tiny_temperature_does_not_overflow() -> None:
     row = torch.tensor([1.0, 3e38, -3e38])
-    assert one(row, SampleConfig(temperature=1e-30)).token_id == 1
+    assert one(row, SampleConfig(temperature=1e-300)).token_id == 1
 
 
 def test_penalties_that_overflow_are_an_error() -> None:
