@@ -13,10 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pyruntime import LLM, PyruntimeError, SamplingParams
-from pyruntime.bench import Samples, check_plan, interleaved, step_runner
+from pyruntime.bench import check_plan, compare_plans, decode_case, prefill_case
 from pyruntime.cli.inspect import describe, summary
 from pyruntime.evaluate import Perplexity, perplexity, windows
-from pyruntime.graph import SequenceWork
 
 HERE = Path(__file__).parent
 MODEL = HERE / "novels-5m"
@@ -114,27 +113,15 @@ def measure(llm: LLM, text: Path, name: str) -> Figures:
 
 def print_speedups(dense: LLM, pruned: LLM) -> None:
     """Predicted beside measured, medians of interleaved steps with their spread."""
-    cases = {
-        f"decode, batch 1, context {CONTEXT}": [SequenceWork(CONTEXT, 1)],
-        f"decode, batch 8, context {CONTEXT}": [SequenceWork(CONTEXT, 1)] * 8,
-        f"prefill, {CONTEXT} tokens": [SequenceWork(0, CONTEXT)],
-    }
+    cases = [decode_case(1, CONTEXT), decode_case(8, CONTEXT), prefill_case(CONTEXT)]
     print(f"{'speed-up of pruned over dense':<34} {'predicted':>9} {'measured':>9}   p20-p80 dense, pruned")
-    for name, work in cases.items():
-        before, after = dense.plan.total_cost(work), pruned.plan.total_cost(work)
-        bound = "flops" if name.startswith("prefill") else "num_bytes"
-        predicted = getattr(before, bound) / getattr(after, bound)
-        slow, fast = interleaved([step_runner(dense.plan, work), step_runner(pruned.plan, work)], REPEATS)
-        print(f"{name:<34} {predicted:>8.2f}x {ratio(slow, fast):>8.2f}x   {slow.spread()}, {fast.spread()}")
+    for each in compare_plans(dense.plan, pruned.plan, cases, REPEATS):
+        spread = f"{each.dense.spread()}, {each.pruned.spread()}"
+        print(f"{each.case.name:<34} {each.predicted:>8.2f}x {each.measured:>8.2f}x   {spread}")
     print(
-        "predicted: bytes moved (decode), operations (prefill). On a model this small the reference target is bound by "
-        "the\nnumber of operations it starts, so the measured ratio is not the predicted one; it nears it as models grow."
+        "predicted: bytes moved (decode), operations (prefill). On a model this small the reference target is bound "
+        "by the\nnumber of operations it starts, so the measured ratio differs; it nears the prediction as models grow."
     )
-
-
-def ratio(slow: Samples, fast: Samples) -> float:
-    """Speed-up by medians."""
-    return slow.median / fast.median
 
 
 def title(text: str) -> None:

@@ -15,7 +15,7 @@ from pyruntime.errors import UsageError
 # name -> what it does; `pyruntime collect-env` prints this table with the values in force
 VARIABLES: Final = {
     "PYRUNTIME_LOGGING_LEVEL": "debug, info, warning or error (default warning)",
-    "PYRUNTIME_CPU_ISA": "generic, avx2, avx512 or avx512_bf16: which compiled CPU path to run (default: the best the CPU has)",
+    "PYRUNTIME_CPU_ISA": "generic, avx2, avx512 or avx512_bf16: the compiled CPU path (default: the best there is)",
     "PYRUNTIME_NUM_THREADS": "threads of the C++ ops (default: what affinity and the cgroup allow)",
     "PYRUNTIME_TEST_DATA": "folder with models/ and corpora/ for the tests that check real trained models",
     "PYRUNTIME_CUDA": "auto, 0 or 1: whether a build compiles the CUDA extension (read by setup.py)",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 EXIT_BUG: Final = 70
+# a message may quote a value of a hostile file
+_MAX_MESSAGE: Final = 2000
 _RUN_EXIT_CODES: Final = {"NUMERICS": 4, "IO": 5, "LOCKED": 6, "MEMORY": 7}
 
 
@@ -16,7 +18,7 @@ class PyruntimeError(Exception):
     """
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "...")
         self.code = code
 
     @property

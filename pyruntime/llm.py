@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import signal
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -55,15 +57,19 @@ class LLM:
         seed: int = 0,
         skip_tokenizer_init: bool = False,
     ) -> None:
-        self._loaded: Loaded = load(
-            model,
-            drops=DropOptions(drop_attn=drop_attn, drop_mlp=drop_mlp, drop_block=drop_block, drop_plan=drop_plan),
-            dtype=dtype,
-            target=target,
-            device=device,
-            revision=revision,
-            skip_tokenizer_init=skip_tokenizer_init,
-        )
+        drops = DropOptions(drop_attn=drop_attn, drop_mlp=drop_mlp, drop_block=drop_block, drop_plan=drop_plan)
+        # shown only on a terminal, and only when loading takes longer than a moment
+        with tqdm(desc="Loading", unit="B", unit_scale=True, disable=None, delay=1.0, leave=False) as bar:
+            self._loaded: Loaded = load(
+                model,
+                drops=drops,
+                dtype=dtype,
+                target=target,
+                device=device,
+                revision=revision,
+                skip_tokenizer_init=skip_tokenizer_init,
+                progress=lambda done, total: _advance(bar, done, total),
+            )
         sizes = EngineSizes(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -135,8 +141,10 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt; yields the output so far after every token. Closing the iterator ends the request."""
         text, ids = token_ids(prompt, self._loaded.tokenizer)
-        request_id = self._add(text, ids, sampling_params or self.get_default_sampling_params())
+        request_id = self._new_id()
         try:
+            with _interrupt_waits():
+                self._engine.add_request(request_id, ids, sampling_params or self.get_default_sampling_params(), text)
             while True:
                 output = self._latest.pop(request_id, None)
                 if output is None:
@@ -146,26 +154,28 @@ class LLM:
                 if output.finished:
                     return
         finally:
-            self._engine.abort(request_id)
+            self._end(request_id)
 
     def _step(self) -> None:
         """One engine step; outputs wait in `_latest` for whoever asked, since several streams may be open."""
-        for output in self._engine.step():
-            self._latest[output.request_id] = output
+        with _interrupt_waits():
+            self._latest.update({output.request_id: output for output in self._engine.step()})
 
-    def _params(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> Sequence[SamplingParams]:
+    def _end(self, request_id: str) -> RequestOutput | None:
+        """Forget a request; what nobody has fetched of it, aborted if it was not finished."""
+        with _interrupt_waits():
+            latest = self._latest.pop(request_id, None)
+            return self._engine.abort(request_id) or latest
+
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
             return [given or self.get_default_sampling_params()] * count
         if len(given) != count:
             raise UsageError("PARAMS", f"{len(given)} sampling params for {count} prompts; expected one each, or one")
         return given
 
-    def _add(self, prompt: str | None, ids: Sequence[int], params: SamplingParams) -> str:
-        request_id = str(next(self._ids))
-        self._engine.add_request(request_id, ids, params, prompt)
-        return request_id
+    def _new_id(self) -> str:
+        return str(next(self._ids))
 
     def _run(
         self,
@@ -173,11 +183,12 @@ class LLM:
         params: Sequence[SamplingParams],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        order: list[str] = []
+        order = [self._new_id() for _ in prompts]
         finished: dict[str, RequestOutput] = {}
         try:
-            for (text, ids), own in zip(prompts, params, strict=True):
-                order.append(self._add(text, ids, own))
+            with _interrupt_waits():
+                for request_id, (text, ids), own in zip(order, prompts, params, strict=True):
+                    self._engine.add_request(request_id, ids, own, text)
             pending = set(order)
             with tqdm(total=len(order), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while pending:
@@ -192,9 +203,32 @@ class LLM:
             # what was computed is worth more than a traceback
             pass
         finally:
-            aborted = {request_id: self._engine.abort(request_id) for request_id in order}
-        finished.update({request_id: output for request_id, output in aborted.items() if output is not None})
+            ended = {request_id: self._end(request_id) for request_id in order}
+        finished.update({request_id: output for request_id, output in ended.items() if output is not None})
         return [finished[request_id] for request_id in order]
+
+
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block: half a step would leave sequences between two tokens."""
+    handler = signal.getsignal(signal.SIGINT)
+    # a handler that is not Python's own belongs to the host, and other threads are never interrupted
+    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = False
+
+    def note(*_: object) -> None:
+        nonlocal caught
+        caught = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 class AsyncLLM:
@@ -235,13 +269,14 @@ class AsyncLLM:
         text, ids = await asyncio.to_thread(token_ids, prompt, llm._loaded.tokenizer)
         queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
 
-        def add() -> str:
-            request_id = llm._add(text, ids, params)
-            self._listeners[request_id] = (loop, queue)
-            return request_id
+        request_id = llm._new_id()
 
-        request_id = await asyncio.wrap_future(self._submit(add))
+        def add() -> None:
+            llm.engine.add_request(request_id, ids, params, text)
+            self._listeners[request_id] = (loop, queue)
+
         try:
+            await asyncio.wrap_future(self._submit(add))
             while True:
                 output = await queue.get()
                 if isinstance(output, Exception):
@@ -278,7 +313,8 @@ class AsyncLLM:
                 for command, future in commands:
                     _settle(future, command)
                 for output in self._llm.engine.step():
-                    self._tell(output.request_id, output)
+                    if not self._tell(output.request_id, output):
+                        self._forget(output.request_id)
         except Exception as error:
             # a broken step ends every request with its reason, then the thread
             failure = error
@@ -286,17 +322,31 @@ class AsyncLLM:
             self._closed = True
             commands, self._commands = self._commands, []
         for _, future in commands:
-            future.set_exception(failure)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(failure)
         for request_id in list(self._listeners):
             self._tell(request_id, failure)
 
-    def _tell(self, request_id: str, item: RequestOutput | Exception) -> None:
-        if request_id in self._listeners:
-            loop, queue = self._listeners[request_id]
+    def _tell(self, request_id: str, item: RequestOutput | Exception) -> bool:
+        """Whether somebody listens."""
+        loop, queue = self._listeners[request_id]
+        try:
             loop.call_soon_threadsafe(queue.put_nowait, item)
+        except RuntimeError:
+            # the event loop was closed over an open request; the other requests have their own
+            return False
+        return True
+
+
+def _advance(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
 
 
 def _settle(future: Future[Any], command: Any) -> None:
+    # whoever asked may be gone by now
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(command())
     except Exception as error:

@@ -66,7 +66,9 @@ class Plan:
         """An empty cache for this plan."""
         return KvCache(self.kv_shapes, num_pages, page_size, self.dtype, self.device)
 
-    def run(self, step: Step, watch: Callable[[PlanStep, tuple[torch.Tensor, ...]], None] | None = None) -> torch.Tensor:
+    def run(
+        self, step: Step, watch: Callable[[PlanStep, tuple[torch.Tensor, ...]], None] | None = None
+    ) -> torch.Tensor:
         """Compute one step and give the logits of its wanted rows, [wanted, vocab].
 
         A step that wants no row stops where the tail begins. `watch` is shown every node's outputs.
@@ -138,6 +140,7 @@ def lower(
     if name not in DTYPES:
         raise UsageError("DTYPE", f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES[name]
+    _check_device(device)
     choices = [_choose(node, target, torch_dtype) for node in graph.nodes]
     weights = _read(graph, model, torch_dtype, device, progress)
     places = _place(graph)
@@ -166,6 +169,15 @@ def lower(
         vocab_size=model.spec.vocab_size,
         kv_shapes=kv_shapes,
     )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # torch says the same thing with either, depending on how it was built
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise UsageError("DEVICE", f"device {device!r} cannot be used here ({why}); expected cpu, or cuda") from None
 
 
 def _choose(node: Node, target: str, dtype: torch.dtype) -> tuple[Implementation, str]:

@@ -34,7 +34,7 @@ class GateResult:
 
 
 def check_plan(plan: Plan, model: Model) -> GateResult:
-    """Compare `plan` with the unfused float64 reference on a fixed prompt. Raises RunError NUMERICS beyond the limit."""
+    """Compare `plan` with the unfused float64 reference on a fixed prompt; RunError NUMERICS beyond the limit."""
     limit = LIMITS[plan.dtype]
     available = available_memory()
     if available is not None and plan.weight_bytes // plan.dtype.itemsize * 8 > available // 2:

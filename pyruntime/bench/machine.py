@@ -17,7 +17,7 @@ _PACKAGES: Final = ("torch", "transformers", "tokenizers", "safetensors", "huggi
 
 
 def machine() -> dict[str, Any]:
-    """Names, counts and versions, JSON-ready: cpu_info, num_cores, memory_bytes, gpu_info, and one version a package."""
+    """Names, counts and versions, JSON-ready: cpu_info, num_cores, memory_bytes, gpu_info, a version per package."""
     return {
         "pyruntime": pyruntime.__version__,
         "python": platform.python_version(),

@@ -39,7 +39,7 @@ class RequestLoad:
 def bench_latency(
     loaded: Loaded, load: RequestLoad, num_iters: int, num_iters_warmup: int, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Seconds from a batch of prompts to its last token, in vLLM's JSON fields (avg_latency, latencies, percentiles)."""
+    """Seconds from a batch of prompts to its last token, in vLLM's fields avg_latency, latencies, percentiles."""
     gate = check_plan(loaded.plan, loaded.model)
     latencies = [_generate(loaded, load, progress) for _ in range(num_iters_warmup + num_iters)][num_iters_warmup:]
     samples = Samples(tuple(latencies))

@@ -82,7 +82,9 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
         raise CheckpointError("HEADER_JSON", f"{shown}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZES:
-        raise CheckpointError("DTYPE", f"{shown}: dtype {dtype!r} is not known; expected one of {', '.join(DTYPE_SIZES)}")
+        raise CheckpointError(
+            "DTYPE", f"{shown}: dtype {dtype!r} is not known; expected one of {', '.join(DTYPE_SIZES)}"
+        )
     if not _sizes(shape) or len(shape) > 8:
         raise CheckpointError("OFFSETS", f"{shown}: shape {shape!r} is no list of at most 8 sizes")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from pyruntime.errors import CheckpointError, RunError, UsageError
+from pyruntime.errors import RunError, UsageError
 
 # nothing that could be executed or unpickled is ever fetched
 PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
@@ -18,10 +18,15 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
 
     Raises UsageError MODEL when it is neither, RunError IO when the Hub cannot be reached.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:
+        # a name too long for a file, a folder that may not be searched, ~ of nobody
+        raise UsageError("MODEL", f"{str(model)!r} is no folder and no Hub id ({error})") from None
+    if is_folder:
         return path
-    if path.exists():
+    if exists:
         raise UsageError("MODEL", f"{path} is a file; expected the folder that holds config.json")
     name = str(model)
     if not _HUB_ID.fullmatch(name) or isinstance(model, Path):
@@ -38,11 +43,11 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     except errors.LocalEntryNotFoundError:
         raise RunError(
-            "IO", f"{name!r} is no local folder, is not in the local cache, and the Hub cannot be reached; check the name"
+            "IO",
+            f"{name!r} is no local folder, is not in the local cache, and the Hub cannot be reached; check the name",
         ) from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise UsageError("MODEL", f"{name!r} is no local folder and the Hub refuses it: {error}") from None
-    except errors.HfHubHTTPError as error:
+    # broad: the library lets through whatever its HTTP client raises
+    except Exception as error:
         raise RunError("IO", f"downloading {name!r} failed: {error}") from None
-    except OSError as error:
-        raise CheckpointError("IO", f"downloading {name!r} failed: {error}") from None

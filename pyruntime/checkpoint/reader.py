@@ -52,9 +52,7 @@ def read_model(folder: Path) -> Model:
     weights, dtype = _bind(spec, dense, family, stored)
     if spec.head.tied and family.tensor_name("head.weight") in stored:
         notes += ("the head is tied to the embedding; the stored head is not read",)
-    return Model(
-        spec=spec, dense_spec=dense, weights=weights, dtype=dtype, path=folder, config=config, notes=notes
-    )
+    return Model(spec=spec, dense_spec=dense, weights=weights, dtype=dtype, path=folder, config=config, notes=notes)
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -88,9 +86,13 @@ def _bind(
         name = names[weight]
         shard, info = stored[name].shard, stored[name].info
         if info.shape != shape:
-            raise CheckpointError("SHAPE", f"{shard.path.name}: {name} is {list(info.shape)}; config.json implies {list(shape)}")
+            raise CheckpointError(
+                "SHAPE", f"{shard.path.name}: {name} is {list(info.shape)}; config.json implies {list(shape)}"
+            )
         if info.dtype not in TORCH_DTYPES:
-            raise CheckpointError("DTYPE", f"{shard.path.name}: {name} is {info.dtype}; supported: {', '.join(TORCH_DTYPES)}")
+            raise CheckpointError(
+                "DTYPE", f"{shard.path.name}: {name} is {info.dtype}; supported: {', '.join(TORCH_DTYPES)}"
+            )
         weights[weight] = TensorRef(shard, name, info.dtype, shape, info.start, info.num_bytes)
     # the dtype of most of the bytes: some checkpoints keep their norms in float32
     largest = max(names.values(), key=lambda name: stored[name].info.num_bytes)

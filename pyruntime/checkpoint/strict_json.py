@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,7 @@ def parse(text: bytes, where: str, code: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise CheckpointError("DUPLICATE_NAME", f"{where}: the key {twice[:80]!r} stands twice in one object")
         return found
 
@@ -37,8 +38,14 @@ def parse(text: bytes, where: str, code: str) -> Any:
     if _depth(text) > _MAX_DEPTH:
         raise refuse(f"is nested deeper than {_MAX_DEPTH} levels")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
-    except UnicodeDecodeError:
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant, parse_int=_integer
+        )
+        # only an escape can smuggle in half a surrogate pair, which is no text and cannot be printed
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeError:
         raise refuse("is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         raise refuse(f"is not valid JSON ({error})") from None
@@ -56,10 +63,12 @@ def read_bytes(path: Path, code: str, max_bytes: int) -> bytes:
     """The bytes of a regular file of at most `max_bytes`."""
     try:
         # a FIFO in a checkpoint folder must not hang the reader
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(code, f"{path.name}: is no regular file")
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise CheckpointError(code, f"{path.name}: is no regular file")
+        with open(fd, "rb") as file:
             if status.st_size > max_bytes:
                 raise CheckpointError(code, f"{path.name}: has {status.st_size} bytes; at most {max_bytes} are read")
             return file.read(max_bytes + 1)
@@ -67,6 +76,11 @@ def read_bytes(path: Path, code: str, max_bytes: int) -> bytes:
         raise CheckpointError(code, f"{path.name} is missing in {path.parent}") from None
     except OSError as error:
         raise RunError("IO", f"cannot read {path}: {error.strerror}") from None
+
+
+def _integer(text: str) -> int | float:
+    """An int, except for -0: no integer for the writers of these formats, and equal to one in Python."""
+    return -0.0 if text == "-0" else int(text)
 
 
 def _depth(text: bytes) -> int:

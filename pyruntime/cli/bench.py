@@ -17,11 +17,15 @@ from pyruntime.cli import options as o
 from pyruntime.engine.load import Loaded, load
 from pyruntime.errors import RunError
 
-bench_app = typer.Typer(name="bench", help="Measure speed; results are checked against float64 first.", no_args_is_help=True)
+bench_app = typer.Typer(
+    name="bench", help="Measure speed; results are checked against float64 first.", no_args_is_help=True
+)
 
 InputLen = Annotated[int, typer.Option("--input-len", help="Tokens per prompt.", min=1)]
 OutputLen = Annotated[int, typer.Option("--output-len", help="New tokens per prompt.", min=1)]
-OutputJson = Annotated[Path | None, typer.Option("--output-json", help="Also write the JSON to this file.", dir_okay=False)]
+OutputJson = Annotated[
+    Path | None, typer.Option("--output-json", help="Also write the JSON to this file.", dir_okay=False)
+]
 
 
 @bench_app.command()
@@ -50,7 +54,10 @@ def latency(
         [
             _gate(result),
             f"Avg latency: {result['avg_latency']:.4f} seconds",
-            *(f"{percent}% percentile latency: {value:.4f} seconds" for percent, value in result["percentiles"].items()),
+            *(
+                f"{percent}% percentile latency: {value:.4f} seconds"
+                for percent, value in result["percentiles"].items()
+            ),
         ]
     )
     _report(result, text, as_json, output_json)
@@ -86,9 +93,13 @@ def throughput(
 @bench_app.command()
 def forward(
     model: o.Model,
-    prompt_len: Annotated[list[int] | None, typer.Option("-p", "--prompt-len", help="Prefill length; may be repeated.")] = None,
+    prompt_len: Annotated[
+        list[int] | None, typer.Option("-p", "--prompt-len", help="Prefill length; may be repeated.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of the decode step.", min=1)] = 1,
-    context: Annotated[int, typer.Option("-d", "--depth", help="Tokens in the cache before the decode step.", min=0)] = 128,
+    context: Annotated[
+        int, typer.Option("-d", "--depth", help="Tokens in the cache before the decode step.", min=0)
+    ] = 128,
     repeats: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 20,
     drop_attn: o.DropAttn = None,
     drop_mlp: o.DropMlp = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from pyruntime.cli import options as o
 from pyruntime.errors import UsageError
@@ -41,12 +40,9 @@ def chat(
     )
     if not llm.get_tokenizer().has_chat_template:
         raise UsageError("CHAT", f"{model} has no chat template; use `pyruntime generate`, or a model made for chat")
-    said: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    params = dataclasses.replace(
-        llm.get_default_sampling_params(),
-        max_tokens=max_tokens,
-        **{name: value for name, value in said.items() if value is not None},
-    )
+    params = o.sampling_params(llm, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    # an answer may be as long as the context allows, unless its length was said
+    params = dataclasses.replace(params, max_tokens=max_tokens)
     messages: list[dict[str, str]] = []
     while (line := _read()) is not None:
         if line == "/reset":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,8 @@ from pyruntime.llm import LLM
 def generate(
     model: o.Model,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to complete; - reads one from standard input.")
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="Texts to complete; - reads one from standard input."),
     ] = None,
     max_tokens: o.MaxTokens = None,
     temperature: o.Temperature = None,
@@ -54,18 +55,8 @@ def generate(
         max_model_len=max_model_len,
         revision=revision,
     )
-    said: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-        "stop": stop,
-        "n": n,
-        "logprobs": logprobs,
-    }
-    default = llm.get_default_sampling_params()
-    params = dataclasses.replace(default, **{name: value for name, value in said.items() if value is not None})
+    said = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "max_tokens": max_tokens}
+    params = o.sampling_params(llm, **said, stop=stop, n=n, logprobs=logprobs)
     if as_json:
         outputs = llm.generate(texts, params, use_tqdm=False)
         print(json.dumps([dataclasses.asdict(output) for output in outputs], ensure_ascii=False))

@@ -27,7 +27,9 @@ def inspect(
     drop_plan: o.DropPlanFile = None,
     dtype: o.Dtype = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="For the predicted speed-up.")] = 1,
-    context: Annotated[int, typer.Option("--context", min=0, help="For the predicted speed-up: tokens in the cache.")] = 256,
+    context: Annotated[
+        int, typer.Option("--context", min=0, help="For the predicted speed-up: tokens in the cache.")
+    ] = 256,
     graph: Annotated[bool, typer.Option("--graph", help="Also list every node of the graph.")] = False,
     revision: o.Revision = None,
     as_json: o.Json = False,
@@ -42,7 +44,7 @@ def inspect(
         print(json.dumps(facts))
         return
     console = Console(highlight=False)
-    console.print("\n".join(describe(pruned, facts)), markup=False)
+    console.print("\n".join(describe(pruned, facts)), markup=False, soft_wrap=True)
     if graph:
         console.print(f"\n{fuse(build(pruned.spec))}", markup=False, soft_wrap=True)
 
@@ -81,10 +83,13 @@ def describe(model: Model, facts: dict[str, Any]) -> list[str]:
     """`facts` as lines for people, with a picture of the layers."""
     spec = model.spec
     attention = next((a for _, a in model.dense_spec.attentions()), None)
-    heads = "no attention" if attention is None else (
-        f"{attention.num_heads} query / {attention.num_kv_heads} key-value heads of {attention.head_dim}"
+    heads = (
+        "no attention"
+        if attention is None
+        else (f"{attention.num_heads} query / {attention.num_kv_heads} key-value heads of {attention.head_dim}")
     )
-    kept = f"{facts['n_layer'] - len(facts['drop_attn_list'])} attentions and {facts['n_layer'] - len(facts['drop_mlp_list'])} MLPs"
+    num_kept = {kind: facts["n_layer"] - len(facts[f"drop_{kind}_list"]) for kind in ("attn", "mlp")}
+    kept = f"{num_kept['attn']} attentions and {num_kept['mlp']} MLPs"
     return [
         f"{facts['model_type']}: {facts['n_layer']} layers, hidden {spec.embedding.size}, {heads}, "
         f"vocabulary {spec.vocab_size}, context {facts['max_position']}",

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated
 
-import click
 import typer
 
 import pyruntime
@@ -66,12 +65,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except PyruntimeError as error:
         print(error.one_line(), file=sys.stderr)
         return error.exit_code
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
-        print(f"error[USAGE]: {error.format_message()} (pyruntime --help shows what there is)", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except MemoryError:
         print("error[MEMORY]: the machine is out of memory; use a smaller model, batch or context", file=sys.stderr)
@@ -81,6 +77,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except Exception as error:
+        # typer's own usage errors: some releases bring click along, others contain it, so the class has no one home
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            print(f"error[USAGE]: {usage()} (pyruntime --help shows what there is)", file=sys.stderr)
+            return 2
         logging.getLogger("pyruntime").debug("traceback", exc_info=True)
         print(
             f"error[BUG]: {type(error).__name__}: {error}; this is a defect of pyruntime, please report it with the "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pyruntime.engine.load import DropOptions
+from pyruntime.engine.params import SamplingParams
+from pyruntime.llm import LLM
 
 Model = Annotated[str, typer.Argument(help="Folder of the model, or a Hub id.", show_default=False)]
 DropAttn = Annotated[
@@ -25,7 +28,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 MaxModelLen = Annotated[
     int | None, typer.Option("--max-model-len", help="Longest sequence in tokens (default: the model's context).")
 ]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="New tokens at most (default: the model's own, or 16).")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", help="New tokens at most (default: the model's own, or 16).")
+]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float | None, typer.Option("--top-p")]
 TopK = Annotated[int | None, typer.Option("--top-k")]
@@ -35,3 +40,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 def drop_options(attn: str | None, mlp: str | None, block: str | None, plan: Path | None) -> DropOptions:
     """The four drop options as the engine takes them."""
     return DropOptions(drop_attn=attn, drop_mlp=mlp, drop_block=block, drop_plan=plan)
+
+
+def sampling_params(llm: LLM, **said: Any) -> SamplingParams:
+    """The model's own defaults with what was said on the command line in their place; None says nothing."""
+    default = llm.get_default_sampling_params()
+    return dataclasses.replace(default, **{name: value for name, value in said.items() if value is not None})

@@ -88,7 +88,6 @@ class Engine:
         params.check_vocab(self.plan.vocab_size)
         max_tokens = self._max_tokens(len(ids), params)
         base = params.seed if params.seed is not None else sample.mix64(self.config.seed, self._num_added)
-        self._num_added += 1
         sequences = tuple(
             RunningSequence(
                 request_id=request_id,
@@ -102,6 +101,8 @@ class Engine:
             )
             for index in range(params.n)
         )
+        # counted only now: a refused request must not change what later ones draw
+        self._num_added += 1
         self._requests[request_id] = _Request(request_id, prompt, sequences, time.monotonic())
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -138,7 +139,9 @@ class Engine:
             if chunk.last and chunk.sequence.finish_reason is None:
                 sampled.append((chunk.sequence, rows[-1]))
         self._sample(sampled)
-        advanced = dict.fromkeys(chunk.sequence.request_id for chunk in chunks if chunk.last or chunk.sequence.finish_reason)
+        advanced = dict.fromkeys(
+            chunk.sequence.request_id for chunk in chunks if chunk.last or chunk.sequence.finish_reason
+        )
         return [self._output(self._requests[request_id]) for request_id in advanced]
 
     def _checked_prompt(self, prompt_token_ids: Sequence[int]) -> tuple[int, ...]:
@@ -243,8 +246,10 @@ class Engine:
             self._finish(sequence, FinishReason.LENGTH, None)
 
     def _finish(self, sequence: RunningSequence, reason: FinishReason, stop_reason: int | str | None) -> None:
-        if sequence.detokenizer is not None:
-            sequence.detokenizer.finish()
+        found = None if sequence.detokenizer is None else sequence.detokenizer.finish()
+        if found is not None and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            # text that was held back until now has a stop string, and was cut there
+            reason, stop_reason = FinishReason.STOP, found
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         self._scheduler.remove(sequence)
         request = self._requests[sequence.request_id]
@@ -257,7 +262,9 @@ class Engine:
         if sequence.params.prompt_logprobs is None or sequence.index > 0 or not next_ids:
             return
         for token_id, result in zip(
-            next_ids, sample.token_logprobs(rows[: len(next_ids)], next_ids, sequence.params.prompt_logprobs), strict=True
+            next_ids,
+            sample.token_logprobs(rows[: len(next_ids)], next_ids, sequence.params.prompt_logprobs),
+            strict=True,
         ):
             if result.error is not None:
                 self._finish(sequence, FinishReason.ERROR, result.error)
@@ -313,9 +320,7 @@ def check_memory(num_bytes: int, what: str) -> None:
     """Raise RunError MEMORY unless the machine has `num_bytes` to spare for `what`."""
     available = available_memory()
     if available is not None and num_bytes > available:
-        raise RunError(
-            "MEMORY", f"{what} needs {num_bytes / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are available"
-        )
+        raise RunError("MEMORY", f"{what} needs {num_bytes / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are available")
 
 
 def available_memory() -> int | None:

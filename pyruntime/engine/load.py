@@ -158,7 +158,9 @@ def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
     if sizes.kv_cache_memory_bytes is not None:
         pages = sizes.kv_cache_memory_bytes // page_bytes
         if pages < 1:
-            raise UsageError("CONFIG", f"kv_cache_memory_bytes is {sizes.kv_cache_memory_bytes}; a page takes {page_bytes}")
+            raise UsageError(
+                "CONFIG", f"kv_cache_memory_bytes is {sizes.kv_cache_memory_bytes}; a page takes {page_bytes}"
+            )
         check_memory(pages * page_bytes, f"a KV cache of {pages} pages")
         return min(pages, useful)
     available = available_memory()

@@ -15,6 +15,11 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many as a list of prompts; a flat list of integers is one prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        # a generator, above all, must not lose its first prompts to a look at them
+        raise UsageError(
+            "PROMPT", f"prompts are {type(prompts).__name__}; expected text, a list of token ids, or a list of prompts"
+        )
     # an empty list is no prompt at all: nothing to do
     if prompts and all(isinstance(each, int) for each in prompts):
         return [prompts]  # type: ignore[list-item]
@@ -26,9 +31,14 @@ def token_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | None, 
     if isinstance(prompt, Mapping):
         known = {"prompt", "prompt_token_ids"}
         if not prompt or set(prompt) - known:
-            raise UsageError("PROMPT", f"a prompt mapping has the keys {sorted(prompt)}; expected {sorted(known)}")
+            raise UsageError(
+                "PROMPT", f"a prompt mapping has the keys {sorted(map(str, prompt))}; expected {sorted(known)}"
+            )
         if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), _ids(prompt["prompt_token_ids"])
+            text = prompt.get("prompt")
+            if not isinstance(text, str | None):
+                raise UsageError("PROMPT", f"prompt is {type(text).__name__}; expected text beside prompt_token_ids")
+            return text, _ids(prompt["prompt_token_ids"])
         prompt = prompt["prompt"]
     if not isinstance(prompt, str):
         return None, _ids(prompt)

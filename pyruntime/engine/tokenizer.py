@@ -6,7 +6,6 @@ tokenizer.json is read by the `tokenizers` library directly; transformers is imp
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 import tokenizers
 
+from pyruntime.checkpoint.strict_json import read_bytes, read_object
 from pyruntime.engine.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
 from pyruntime.errors import CheckpointError, UsageError
 
@@ -177,32 +177,16 @@ def _check_text(text: str) -> None:
 
 def _read_text(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str | None:
     """Content of a text file, None if there is none; never more than the limit is read, whatever its size claims."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise CheckpointError("TOKENIZER", f"cannot read {path}: {error.strerror}") from error
-    if len(data) > max_bytes:
-        raise CheckpointError("TOKENIZER", f"{path} is larger than the limit of {max_bytes} bytes")
     try:
-        return data.decode("utf-8")
+        return read_bytes(path, "TOKENIZER", max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError("TOKENIZER", f"{path} is not UTF-8 at byte {error.start}; copy the file again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    text = _read_text(path)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("TOKENIZER", f"{path} is no JSON: {error}; copy the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError("TOKENIZER", f"{path} holds a {type(value).__name__}; expected an object")
-    return value
+    return read_object(path, "TOKENIZER", MAX_FILE_BYTES) if path.exists() else {}
 
 
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
@@ -256,8 +240,6 @@ def _add_config_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any])
         for value in values.values() if isinstance(values, dict) else values:
             token = _added_token(value, key)
             extra.append(tokens.get(token.content, token))
-    for token in extra:
-        token.special = True
     backend.add_special_tokens(extra)
     return named
 

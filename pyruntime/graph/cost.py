@@ -15,7 +15,7 @@ from pyruntime.ops.step import Rows
 
 @dataclass(frozen=True, slots=True)
 class SequenceWork:
-    """What a step computes of one sequence: `length` rows from position `start`, the last `wanted` of them with logits."""
+    """What a step computes of one sequence: `length` rows from `start` on, the last `wanted` of them with logits."""
 
     start: int
     length: int
@@ -36,9 +36,7 @@ class Cost:
         return self.weight_bytes + self.kv_bytes
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.weight_bytes + other.weight_bytes, self.kv_bytes + other.kv_bytes, self.flops + other.flops
-        )
+        return Cost(self.weight_bytes + other.weight_bytes, self.kv_bytes + other.kv_bytes, self.flops + other.flops)
 
 
 def cost_of(nodes: Iterable[Node], work: Sequence[SequenceWork], itemsize: int) -> dict[str, Cost]:

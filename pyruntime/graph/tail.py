@@ -29,9 +29,7 @@ def hoist_wanted_rows(graph: Graph) -> Graph:
     crossing = [b for b in dict.fromkeys(b for node in tail for b in node.inputs) if b in before]
     gathers = [_gather(buffer, widths[buffer]) for buffer in crossing]
     picked = {buffer: gather.outputs[0] for buffer, gather in zip(crossing, gathers, strict=True)}
-    wanted = [
-        replace(node, inputs=tuple(picked.get(b, b) for b in node.inputs), rows=Rows.WANTED) for node in tail
-    ]
+    wanted = [replace(node, inputs=tuple(picked.get(b, b) for b in node.inputs), rows=Rows.WANTED) for node in tail]
     return Graph((*head, write, *gathers, *wanted))
 
 

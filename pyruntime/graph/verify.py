@@ -46,7 +46,9 @@ def _check_inputs(node: Node, written: dict[str, tuple[int, Rows]]) -> None:
         found, rows = written[buffer]
         _check(node, found == width, f"{buffer} has {found} values a row; expected {width}")
         if node.op == "gather":
-            _check(node, rows is Rows.ALL and node.rows is Rows.WANTED, "a gather goes from all rows to the wanted ones")
+            _check(
+                node, rows is Rows.ALL and node.rows is Rows.WANTED, "a gather goes from all rows to the wanted ones"
+            )
         else:
             _check(node, rows is node.rows, f"{buffer} holds {rows} rows; the node computes {node.rows}")
 

@@ -274,10 +274,11 @@ def kept_probabilities(scaled: torch.Tensor, top_k: int, top_p: float, min_p: fl
         keep &= scaled >= kept_logits.topk(top_k).values[-1]
     probs = _renormalised(probs, keep)
     if top_p < 1.0:
-        ordered, order = probs.sort(descending=True, stable=True)
+        alive = keep.nonzero().squeeze(1)
+        ordered, order = probs[alive].sort(descending=True, stable=True)
         before = torch.nn.functional.pad(ordered.cumsum(0)[:-1], (1, 0))
         # the first is kept whatever top_p is: nothing comes before it
-        keep = torch.zeros_like(keep).index_fill_(0, order[before < top_p], True) & keep
+        keep = torch.zeros_like(keep).index_fill_(0, alive[order[before < top_p]], True)
         probs = _renormalised(probs, keep)
     return probs
 
@@ -291,21 +292,21 @@ def _with_logprobs(raw: torch.Tensor, token_id: int, num_top: int) -> SampleResu
     logprobs = raw.log_softmax(0)
     top: tuple[tuple[int, float, int], ...] = ()
     if num_top > 0:
-        top = tuple((idx, float(logprobs[idx]), _rank(raw, idx)) for idx in _best_ids(raw, num_top))
-    return SampleResult(token_id, float(logprobs[token_id]), _rank(raw, token_id), top)
+        best = _best_ids(raw, num_top)
+        values = raw[best].tolist()
+        # everything greater than one of the best is among the best, so its rank is where its value first stands
+        ranks = [values.index(value) + 1 for value in values]
+        top = tuple(zip(best.tolist(), logprobs[best].tolist(), ranks, strict=True))
+    rank = 1 + int((raw > raw[token_id]).sum())
+    return SampleResult(token_id, float(logprobs[token_id]), rank, top)
 
 
-def _best_ids(raw: torch.Tensor, count: int) -> list[int]:
+def _best_ids(raw: torch.Tensor, count: int) -> torch.Tensor:  # [min(count, vocab)]
     # topk finds the threshold without a full sort but leaves open which of the equals it takes and in what order
     threshold = raw.topk(min(count, raw.shape[0])).values[-1]
     candidates = (raw >= threshold).nonzero().squeeze(1)
     order = raw[candidates].sort(descending=True, stable=True).indices[:count]
-    ids: list[int] = candidates[order].tolist()
-    return ids
-
-
-def _rank(raw: torch.Tensor, token_id: int) -> int:
-    return 1 + int((raw > raw[token_id]).sum())
+    return candidates[order]
 
 
 def _index(ids: Sequence[int], like: torch.Tensor) -> torch.Tensor:

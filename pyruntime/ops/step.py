@@ -111,8 +111,6 @@ def make_step(slices: Sequence[SequenceSlice], cache: KvCache, device: torch.dev
     return Step(
         {
             Rows.ALL: View(token_ids, position, everything, slot, tuple(spans[Rows.ALL]), cache),
-            Rows.WANTED: View(
-                token_ids[index], position[index], index, slot[index], tuple(spans[Rows.WANTED]), cache
-            ),
+            Rows.WANTED: View(token_ids[index], position[index], index, slot[index], tuple(spans[Rows.WANTED]), cache),
         }
     )

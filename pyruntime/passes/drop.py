@@ -101,7 +101,8 @@ def parse_layers(text: str, kept: Sequence[int]) -> tuple[int, ...]:
         match = _RANGE.fullmatch(part.strip())
         if match is None:
             raise UsageError(
-                "DROP", f"{part.strip()!r} names no layers; expected 25,26 or 20-30 or 20-30+2 or last:8 or last:8:keep-last"
+                "DROP",
+                f"{part.strip()!r} names no layers; expected 25,26 or 20-30 or 20-30+2 or last:8 or last:8:keep-last",
             )
         first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         if last < first or step < 1:
@@ -137,9 +138,7 @@ def _layers(said: Layers | None, kept: Sequence[int], spec: ModelSpec) -> tuple[
 
 
 def _kept(spec: ModelSpec, kind: str) -> tuple[int, ...]:
-    gone = (
-        set(spec.dropped("attention")) & set(spec.dropped("mlp")) if kind == "block" else set(spec.dropped(kind))
-    )
+    gone = set(spec.dropped("attention")) & set(spec.dropped("mlp")) if kind == "block" else set(spec.dropped(kind))
     return tuple(layer.index for layer in spec.layers if layer.index not in gone)
 
 

@@ -1,4 +1,4 @@
-"""Checks that every field of a specification goes through: a bool is no int, a NaN is no number, all sizes are bounded."""
+"""Checks of every field of a specification: a bool is no int, a NaN is no number, all sizes are bounded."""
 
 from __future__ import annotations
 

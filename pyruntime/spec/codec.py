@@ -77,7 +77,8 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
         raise UsageError("SPEC", f"{where} is {type(data).__name__}; expected an object")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(data) - set(fields) - {_TAG})
+    tags = {_TAG} if kind in _TAGGED.values() else set()
+    unknown = sorted(set(data) - set(fields) - tags)
     if unknown:
         raise UsageError("SPEC", f"{where} has unknown fields {unknown}; expected {', '.join(fields)}")
     missing = [name for name, field in fields.items() if name not in data and field.default is dataclasses.MISSING]

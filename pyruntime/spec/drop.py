@@ -24,6 +24,9 @@ class DropPlan:
     def __post_init__(self) -> None:
         for kind in ("attention", "mlp"):
             object.__setattr__(self, kind, _canonical(kind, getattr(self, kind)))
+        # it may come from a file and is printed in reports
+        if not isinstance(self.origin, str) or not self.origin.isprintable():
+            raise UsageError("DROP", f"drop plan origin is {self.origin!r}; expected one line of text")
 
     def __bool__(self) -> bool:
         return bool(self.attention or self.mlp)
@@ -45,18 +48,22 @@ class DropPlan:
 
     @classmethod
     def from_json(cls, data: Any) -> DropPlan:
-        """The plan in `data`. Raises UsageError DROP_PLAN for anything that `to_json` would not write."""
+        """The plan in `data`, its lists in any order. Raises UsageError DROP_PLAN for anything that is no plan."""
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise UsageError("DROP_PLAN", f'this is no drop plan; expected an object with "format": "{_FORMAT}"')
-        if data.get("version") != _VERSION:
-            raise UsageError("DROP_PLAN", f"drop plan version is {data.get('version')!r}; this release reads {_VERSION}")
+        version = data.get("version")
+        if type(version) is not int or version != _VERSION:
+            raise UsageError("DROP_PLAN", f"drop plan version is {version!r}; this release reads {_VERSION}")
         extra = set(data) - {"format", "version", "drop_attn_list", "drop_mlp_list", "origin"}
         if extra:
             raise UsageError("DROP_PLAN", f"drop plan has unknown keys {sorted(extra)}; remove them")
         lists = [data.get(key, []) for key in ("drop_attn_list", "drop_mlp_list")]
-        if not all(isinstance(each, list) for each in lists) or not isinstance(data.get("origin", ""), str):
-            raise UsageError("DROP_PLAN", "drop_attn_list and drop_mlp_list must be lists and origin a text")
-        return cls(tuple(lists[0]), tuple(lists[1]), data.get("origin", ""))
+        if not all(isinstance(each, list) for each in lists):
+            raise UsageError("DROP_PLAN", "drop_attn_list and drop_mlp_list must be lists")
+        try:
+            return cls(tuple(lists[0]), tuple(lists[1]), data.get("origin", ""))
+        except UsageError as error:
+            raise UsageError("DROP_PLAN", str(error)) from None
 
 
 def _canonical(kind: str, indices: Iterable[Any]) -> tuple[int, ...]:

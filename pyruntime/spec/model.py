@@ -88,6 +88,10 @@ class Attention:
                 norm is None or norm.size in (self.head_dim, num_heads * self.head_dim),
                 f"attention {name} spans {norm and norm.size} values; expected head_dim {self.head_dim} or all heads",
             )
+        require(
+            self.sub is None or self.sub.size == self.q_size,
+            f"attention sub norm spans {self.sub and self.sub.size} values; the heads give {self.q_size}",
+        )
 
     @property
     def in_size(self) -> int:
@@ -135,6 +139,10 @@ class MLP:
         require(
             self.down.in_features == self.up.out_features,
             f"mlp down reads {self.down.in_features} values; up gives {self.up.out_features}",
+        )
+        require(
+            self.sub is None or self.sub.size == self.down.in_features,
+            f"mlp sub norm spans {self.sub and self.sub.size} values; down reads {self.down.in_features}",
         )
 
     @property
@@ -260,14 +268,18 @@ class ModelSpec:
                     f"layer {position} {kind} reads {sublayer.in_size} values; the stream has {width}",
                 )
                 width = sublayer.out_size
-        require(self.final_norm is None or self.final_norm.size == width, f"the final norm does not span {width} values")
+        require(
+            self.final_norm is None or self.final_norm.size == width, f"the final norm does not span {width} values"
+        )
         linear = self.head.linear
         require(linear.in_features == width, f"the head reads {linear.in_features} values; the stream has {width}")
         require(
             linear.out_features == self.embedding.vocab_size,
             f"the head gives {linear.out_features} logits; the vocabulary has {self.embedding.vocab_size}",
         )
-        require(not self.head.tied or width == self.embedding.size, "a tied head needs a stream as wide as the embedding")
+        require(
+            not self.head.tied or width == self.embedding.size, "a tied head needs a stream as wide as the embedding"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -276,7 +288,7 @@ class ModelSpec:
 
     def attentions(self) -> tuple[tuple[int, Attention], ...]:
         """Kept attentions as (layer index, attention), in order; their position is their KV slot."""
-        return tuple((l.index, l.attention) for l in self.layers if isinstance(l.attention, Attention))
+        return tuple((each.index, each.attention) for each in self.layers if isinstance(each.attention, Attention))
 
     def dropped(self, kind: str) -> tuple[int, ...]:
         """Indices of the layers whose `kind` ("attention" or "mlp") is gone."""

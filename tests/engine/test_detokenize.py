@@ -57,7 +57,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
             vocab={piece: i for i, piece in enumerate(pieces)},
             merges=[("t", "h"), ("th", "e"), ("▁", "the")],
             byte_fallback=True,
-            unk_token="<unk>",  # noqa: S106 - a token of a vocabulary
+            unk_token="<unk>",
             fuse_unk=True,
         )
     )
@@ -71,7 +71,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
 def word_piece() -> tokenizers.Tokenizer:
     pieces = [*SPECIALS, "the", "cat", "##s", "##.", ".", "n", "##'t", "a"]
     backend = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>")  # noqa: S106 - a token of a vocabulary
+        tokenizers.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>")
     )
     backend.add_special_tokens(SPECIALS)
     backend.decoder = tokenizers.decoders.WordPiece()

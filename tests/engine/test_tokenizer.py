@@ -101,7 +101,7 @@ ADDED = {"content": "<|extra|>", "lstrip": True, "rstrip": True, "normalized": F
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a special token that tokenizer.json lacks": ({**FAST, "pad_token": "<|extra|>"}, {}),
     "an ordinary token that is named special": ({**FAST, "unk_token": "the"}, {}),
-    "flags in an object": ({**FAST, "pad_token": ADDED}, {}),
+    "flags in an object": ({**FAST, "pad_token": {**ADDED, "__type": "AddedToken"}}, {}),
     "a list of extra tokens": ({**FAST, "extra_special_tokens": ["<|extra|>", "<extra_0>"]}, {}),
     "the old name of that list": ({**FAST, "additional_special_tokens": ["<extra_0>"]}, {}),
     "a token of a model family": ({**FAST, "image_token": "<image>"}, {}),
@@ -234,7 +234,7 @@ def test_a_file_above_the_limit_is_refused(tmp_path: Path, name: str) -> None:
     folder = write_folder(tmp_path, FAST)
     with (folder / name).open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    refused(folder, "larger than the limit")
+    refused(folder, f"at most {MAX_FILE_BYTES} are read")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', "[" * 100_000, "\x00"])
@@ -258,13 +258,13 @@ def test_a_corrupt_config_is_refused(tmp_path: Path, content: str) -> None:
     ],
 )
 def test_a_lying_config_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="expected|no text"):
+    with pytest.raises(CheckpointError, match=r"expected|no text"):
         Tokenizer(write_folder(tmp_path, config))
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").mkdir()
-    refused(tmp_path, "cannot read")
+    refused(tmp_path, "no regular file")
 
 
 # chat templates
@@ -277,28 +277,6 @@ def test_chat_like_transformers(tokenizer: Tokenizer) -> None:
     rendered = tokenizer.render_chat(CHAT)
     assert rendered == "<s>[user] Hi <s> 🦙</s>\n[assistant] the cat</s>\n[assistant]"
     assert tokenizer.has_chat_template
-
-
-TEMPLATES = [
-    "{%- for m in messages %}\n  {%- if m.role == 'user' %}\n    {{- 'U: ' ~ m.content ~ loop.index }}\n  {%- endif %}\n{%- endfor %}",
-    "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}",
-    "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ tools is none }}{{ documents is none }}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content|length %}{% endfor %}{{ ns.n }}",
-    "{{ messages | map(attribute='role') | join(', ') }} {{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
-    "{% macro turn(m) %}<{{ m.role }}>{{ caller() if caller else '' }}{{ m['content'].strip().split()[0] }}{% endmacro %}"
-    "{% for m in messages %}{{ turn(m) }}{% endfor %}",
-    "{{ messages[::-1] | first }} {{ 'a%s' % 3 }} {{ '{}-{x}'.format(1, x=2) }} {{ 7 // 2 * 3 ** 2 }} {{ undefined_thing }}",
-    "{{ messages[0]['content'].replace('Hi', 'Ho') | upper }} {{ '-' * 5 }} {{ messages | tojson(indent=2) }}",
-    "{% if messages[0]['role'] not in ['user', 'system'] %}{{ raise_exception('x') }}{% endif %}{{ strftime_now('%Y') }}",
-    "{{ dict(a=1, **messages[0]) | items | list }} {{ {'b': 1}.get('c', 2) }} {{ messages[0].items() | list | length }}",
-]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_render_as_in_transformers(tmp_path: Path, template: str) -> None:
-    tokenizer = Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": template}))
-    theirs = tokenizer.hf().apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
-    assert tokenizer.render_chat(CHAT) == theirs
 
 
 def test_the_template_file_wins_and_lists_have_a_default(tmp_path: Path) -> None:
@@ -319,7 +297,7 @@ def test_without_a_template_the_error_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "messages", [[], "hi", None, 5, {"role": "user"}, ["hi"], [{"content": "x"}], [{1, 2}], [{"role": 5}]]
+    "messages", [[], "hi", None, 5, {"role": "user"}, ["hi"], [{"content": "x"}], [{1}], [{"role": 5}]]
 )
 def test_messages_are_checked(tokenizer: Tokenizer, messages: Any) -> None:
     with pytest.raises(UsageError, match="messages"):
@@ -331,69 +309,7 @@ def test_surrogates_in_messages_are_refused(tokenizer: Tokenizer) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "\ud800"}])
 
 
-def test_the_messages_are_not_changed(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": "{{ messages[0].update(role='x') }}"}))
-    messages = [{"role": "user", "content": "x"}]
-    with pytest.raises(UsageError, match="unsafe"):
-        tokenizer.render_chat(messages)
-    assert messages == [{"role": "user", "content": "x"}]
-
-
 def test_a_template_with_a_syntax_error_is_the_checkpoints_fault(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": "{% if %}"}))
     with pytest.raises(CheckpointError, match="cannot be parsed"):
         tokenizer.render_chat(CHAT)
-
-
-LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
-GROW = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
-HOSTILE = {
-    "endless loop": LOOP.replace("BODY", ""),
-    "endless output": LOOP.replace("BODY", "x" * 1000),
-    "hidden output": "{% set y %}" + LOOP.replace("BODY", "{{ 'x' * 4000000 }}") + "{% endset %}",
-    "recursion": "{% macro f(n) %}{{ f(n-1) }}{% endmacro %}{{ f(9) }}",
-    "branching recursion": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
-    "string product": "{{ 'a' * 10000000000 }}",
-    "list product": "{{ [1] * 10000000000 }}",
-    "nested lists": "{{ [[1] * 90000] * 90000 }}",
-    "nested lists as JSON": "{{ ([[1] * 90000] * 90000) | tojson }}",
-    "doubling with ~": GROW.replace("START", "'a'").replace("STEP", "ns.x ~ ns.x"),
-    "doubling with +": GROW.replace("START", "'a'").replace("STEP", "ns.x + ns.x"),
-    "doubling lists": GROW.replace("START", "1").replace("STEP", "[ns.x, ns.x]"),
-    "replace method": GROW.replace("START", "'a'").replace("STEP", "ns.x.replace('a', 'aaaaaaaaa')"),
-    "replace filter": GROW.replace("START", "'a'").replace("STEP", "ns.x | replace('a', 'aaaaaaaaa')"),
-    "join": GROW.replace("START", "'a'").replace("STEP", "[ns.x, ns.x] | join(ns.x)"),
-    "squaring": GROW.replace("START", "3").replace("STEP", "ns.x * ns.x"),
-    "power": "{{ 9 ** 9 ** 9 }}",
-    "center": "{{ 'a' | center(10000000000) }}",
-    "ljust": "{{ 'a'.ljust(10000000000) }}",
-    "old format": "{{ '%10000000000d' % 1 }}",
-    "old format, width argument": "{{ '%*d' % (10000000000, 1) }}",
-    "new format": "{{ '{:10000000000}'.format(1) }}",
-    "new format, width argument": "{{ '{:{}}'.format(1, 10000000000) }}",
-    "format of a nested list": GROW.replace("START", "1")
-    .replace("STEP", "[ns.x, ns.x]")
-    .replace("{{ ns.x }}", "{{ '{}'.format(ns.x) }}"),
-    "indent": "{{ messages | tojson(indent=1000000000) }}",
-    "attributes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ cycler.__init__.__globals__ }}",
-    "format attributes": "{{ '{0.__class__}'.format(1) }}{{ (1).__class__.x.y }}",
-    "the budget": "{% set pyruntime_budget = 1 %}" + LOOP.replace("BODY", ""),
-    "include": "{% include '/etc/passwd' %}",
-    "an exception of the template": "{{ raise_exception('only user and assistant') }}",
-}
-
-
-@pytest.mark.parametrize("what", sorted(HOSTILE))
-def test_a_hostile_template_is_stopped(tmp_path: Path, what: str) -> None:
-    import resource
-    import time
-
-    tokenizer = Tokenizer(write_folder(tmp_path, {**FAST, "chat_template": HOSTILE[what]}))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.monotonic()
-    with pytest.raises(UsageError, match="chat template of this model"):
-        tokenizer.render_chat(CHAT)
-    # one second is allowed; the rest is for slow and busy machines
-    assert time.monotonic() - start < 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000

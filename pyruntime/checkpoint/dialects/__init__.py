@@ -1,4 +1,4 @@
-"""How checkpoints say what they go without: one file per dialect, each giving a DropPlan over original layer numbers."""
+"""How checkpoints say what they go without: a file per dialect, each giving a DropPlan over original layers."""
 
 from pyruntime.checkpoint.dialects.llm_drop import llm_drop_plan
 from pyruntime.checkpoint.dialects.per_layer import per_layer_overrides

@@ -32,7 +32,9 @@ def _layers(key: str, value: Any, num_layers: int, notes: list[str]) -> tuple[in
         return tuple(index for index, dropped in enumerate(value) if dropped)
     for each in value:
         if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < num_layers:
-            raise UsageError("DROP", f"config.json: {key} holds {each!r}; expected layer ids from 0 to {num_layers - 1}")
+            raise UsageError(
+                "DROP", f"config.json: {key} holds {each!r}; expected layer ids from 0 to {num_layers - 1}"
+            )
     if len(set(value)) != len(value):
         notes.append(f"{key} names a layer twice; counted once")
     return tuple(value)

@@ -40,7 +40,9 @@ def per_layer_overrides(fields: Fields, num_layers: int) -> tuple[DropPlan, dict
 
 def _layer_index(key: str, num_layers: int) -> int:
     if not key.isdecimal() or not key.isascii() or len(key) > 6 or int(key) >= num_layers:
-        raise UsageError("CONFIG", f"config.json: per_layer_config names layer {key!r}; the model has {num_layers} layers")
+        raise UsageError(
+            "CONFIG", f"config.json: per_layer_config names layer {key!r}; the model has {num_layers} layers"
+        )
     return int(key)
 
 

@@ -125,7 +125,14 @@ LLAMA: Final = Family(
     },
     # pretraining_tp splits a matrix product without changing it; the others steer training or other programs
     harmless=frozenset(
-        {"pretraining_tp", "attention_dropout", "initializer_range", "rope_interleaved", "is_llama_config", "max_sequence_length"}
+        {
+            "pretraining_tp",
+            "attention_dropout",
+            "initializer_range",
+            "rope_interleaved",
+            "is_llama_config",
+            "max_sequence_length",
+        }
     ),
     stale=("rotary_emb.inv_freq",),
 )

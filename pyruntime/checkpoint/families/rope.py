@@ -54,7 +54,9 @@ def _parameters(fields: Fields, default_theta: float) -> tuple[dict[str, Any], f
     outer = fields.real("rope_theta", 0.0, _HIGH, None)
     inner = Fields(parameters).real("rope_theta", 0.0, _HIGH, None)
     if outer is not None and inner is not None and outer != inner:
-        raise UsageError("CONFIG", f"config.json: rope_theta is {outer:g} and, in rope_parameters, {inner:g}; remove one")
+        raise UsageError(
+            "CONFIG", f"config.json: rope_theta is {outer:g} and, in rope_parameters, {inner:g}; remove one"
+        )
     return parameters, next((theta for theta in (inner, outer) if theta is not None), default_theta)
 
 

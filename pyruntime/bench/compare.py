@@ -1,0 +1,58 @@
+"""What dropping gains: predicted by bytes or operations, beside measured, for one dense plan and one pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyruntime.bench.run import step_runner
+from pyruntime.bench.timing import Samples, interleaved
+from pyruntime.graph import SequenceWork
+from pyruntime.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One kind of step; decode is predicted by the bytes it moves, prefill by its operations."""
+
+    name: str
+    work: Sequence[SequenceWork]
+    by_bytes: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Speed-up of the pruned plan over the dense one in one case, and the times it was taken from."""
+
+    case: Case
+    predicted: float
+    dense: Samples
+    pruned: Samples
+
+    @property
+    def measured(self) -> float:
+        """Ratio of the medians."""
+        return self.dense.median / self.pruned.median
+
+
+def decode_case(batch: int, context: int) -> Case:
+    """One new token for each of `batch` sequences with `context` tokens before it."""
+    return Case(
+        name=f"decode, batch {batch}, context {context}", work=[SequenceWork(context, 1)] * batch, by_bytes=True
+    )
+
+
+def prefill_case(length: int) -> Case:
+    """A prompt of `length` tokens whose last logits are wanted."""
+    return Case(name=f"prefill, {length} tokens", work=[SequenceWork(0, length)], by_bytes=False)
+
+
+def compare_plans(dense: Plan, pruned: Plan, cases: Sequence[Case], repeats: int) -> list[Comparison]:
+    """Time both plans in turn, `repeats` times per case. The caller has checked their results (gate.check_plan)."""
+    found = []
+    for case in cases:
+        before, after = dense.total_cost(case.work), pruned.total_cost(case.work)
+        predicted = before.num_bytes / after.num_bytes if case.by_bytes else before.flops / after.flops
+        slow, fast = interleaved([step_runner(dense, case.work), step_runner(pruned, case.work)], repeats)
+        found.append(Comparison(case=case, predicted=predicted, dense=slow, pruned=fast))
+    return found
