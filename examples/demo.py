@@ -120,7 +120,7 @@ def print_speedups(dense: LLM, pruned: LLM) -> None:
         print(f"{each.case.name:<34} {each.predicted:>8.2f}x {each.measured:>8.2f}x   {spread}")
     print(
         "predicted: bytes moved (decode), operations (prefill). On a model this small the reference target is bound "
-        "by the\nnumber of operations it starts, so the measured ratio differs; it nears the prediction as models grow."
+        "by the\nnumber of operations it starts, so the measured ratio is not the predicted one."
     )
 
 

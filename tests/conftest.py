@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pyruntime.ops import attention, cache, memory
+from tests.generation import save_text_model
 
 # nothing here may reach for the network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,7 +44,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Path, Any]]]:
+def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
     """A function from LlamaConfig overrides to (folder, transformers model); equal overrides share a folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,7 +65,17 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
             made[key] = (folder, model)
         return made[key]
 
-    yield make
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_model(
+    make_llama: Callable[..., tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any]:
+    """(folder, transformers model) of a tiny Llama with a tokenizer, a chat template and greedy defaults."""
+    folder, hf_model = make_llama(vocab_size=300)
+    target = tmp_path_factory.mktemp("text") / "model"
+    return save_text_model(folder, target, 300, do_sample=False, max_new_tokens=7), hf_model
 
 
 @pytest.fixture(scope="session")

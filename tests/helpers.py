@@ -80,7 +80,7 @@ def all_logits(plan: Plan, sequences: Sequence[Sequence[int]], chunk: int) -> li
                 slices.append(SequenceSlice(ids, start, own, range(len(ids))))
                 owners.append((i, len(ids)))
         logits = plan.run(make_step(slices, cache))
-        for (i, count), rows in zip(owners, logits.split([count for _, count in owners]), strict=True):
+        for (i, _), rows in zip(owners, logits.split([count for _, count in owners]), strict=True):
             found[i].append(rows)
     return [torch.cat(rows) for rows in found]
 

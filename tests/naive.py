@@ -103,7 +103,9 @@ def sublayer(spec: Attention | MLP | Replacement, prefix: str, weights: Weights,
             y = linear(spec.linear, prefix + "linear", weights, x)
         case MLP():
             up = linear(spec.up, prefix + "up", weights, x)
-            gated = activate(spec.activation, up if spec.gate is None else linear(spec.gate, prefix + "gate", weights, x))
+            gated = activate(
+                spec.activation, up if spec.gate is None else linear(spec.gate, prefix + "gate", weights, x)
+            )
             hidden = gated if spec.gate is None else gated * up
             y = linear(spec.down, prefix + "down", weights, norm(spec.sub, prefix + "sub", weights, hidden))
     return norm(spec.post, prefix + "post", weights, y)

@@ -136,14 +136,23 @@ def test_mlp(name: str) -> None:
 def test_parallel_layers(dropped: str) -> None:
     layer = (replace(ATTENTION, pre=LAYER_NORM), replace(PLAIN_MLP, pre=LAYER_NORM, gate=None), True)
     spec = model_of([layer, layer, layer])
-    plans = {"nothing": DropPlan(), "attention": DropPlan((1,)), "mlp": DropPlan((), (1,)), "last attention": DropPlan((2,))}
+    plans = {
+        "nothing": DropPlan(),
+        "attention": DropPlan((1,)),
+        "mlp": DropPlan((), (1,)),
+        "last attention": DropPlan((2,)),
+    }
     check(drop_sublayers(spec, plans[dropped]))
 
 
 def test_layers_that_differ_in_heads_and_widths() -> None:
-    narrow = replace(ATTENTION, num_heads=2, num_kv_heads=1, head_dim=10, q=lin(D, 20), k=lin(D, 10), v=lin(D, 10), o=lin(20, D))
+    narrow = replace(
+        ATTENTION, num_heads=2, num_kv_heads=1, head_dim=10, q=lin(D, 20), k=lin(D, 10), v=lin(D, 10), o=lin(20, D)
+    )
     slim = replace(PLAIN_MLP, gate=lin(D, 8), up=lin(D, 8), down=lin(8, D))
-    spec = model_of([(ATTENTION, slim, False), (narrow, PLAIN_MLP, False), (REPLACEMENT, slim, False), (narrow, None, True)])
+    spec = model_of(
+        [(ATTENTION, slim, False), (narrow, PLAIN_MLP, False), (REPLACEMENT, slim, False), (narrow, None, True)]
+    )
     check(spec)
 
 
@@ -163,7 +172,5 @@ def test_ends(changes: dict[str, Any]) -> None:
 
 def test_a_skipless_model_whose_stream_changes_width() -> None:
     widening = replace(PLAIN_MLP, residual=False, pre=None, down=lin(40, 30))
-    last = replace(
-        ATTENTION, residual=False, pre=None, q=lin(30, 24), k=lin(30, 12), v=lin(30, 12), o=lin(24, D)
-    )
+    last = replace(ATTENTION, residual=False, pre=None, q=lin(30, 24), k=lin(30, 12), v=lin(30, 12), o=lin(24, D))
     check(model_of([(ATTENTION, widening, False), (last, PLAIN_MLP, False)]))

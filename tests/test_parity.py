@@ -34,11 +34,12 @@ PATTERNS = {
 _random = random.Random(0)
 for _i in range(6):
     PATTERNS[f"random {_i}"] = DropPlan(
-        attention=tuple(i for i in EVERY if _random.random() < 0.5), mlp=tuple(i for i in EVERY if _random.random() < 0.5)
+        attention=tuple(i for i in EVERY if _random.random() < 0.5),
+        mlp=tuple(i for i in EVERY if _random.random() < 0.5),
     )
 
 PROMPT = [3, 17, 60, 0, 5, 5, 41, 22, 9, 33, 12]
-RAGGED = [PROMPT, [7], [50, 2, 3], PROMPT[::-1] + [1, 4], [8, 8, 8, 8]]
+RAGGED = [PROMPT, [7], [50, 2, 3], [*PROMPT[::-1], 1, 4], [8, 8, 8, 8]]
 # how many tokens of each sequence one step takes: all, one (cached decode), and chunks that straddle pages
 MODES = {"full": 64, "decode": 1, "chunked": 3}
 
@@ -123,9 +124,7 @@ def test_every_form_of_llama_equals_transformers(make_llama: Callable[..., tuple
 
 
 @pytest.mark.parametrize("dtype, limit", [("bfloat16", 5e-4), ("float16", 5e-4), ("float64", 1e-10)])
-def test_other_dtypes_stay_near_float64(
-    make_llama: Callable[..., tuple[Path, Any]], dtype: str, limit: float
-) -> None:
+def test_other_dtypes_stay_near_float64(make_llama: Callable[..., tuple[Path, Any]], dtype: str, limit: float) -> None:
     folder, hf_model = make_llama()
     pattern = DropPlan(attention=(0, 2))
     expected = hf_logits(without(hf_model, pattern).double(), PROMPT)

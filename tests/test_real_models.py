@@ -37,7 +37,9 @@ def test_greedy_text_equals_transformers_for_200_tokens(test_data: Path, name: s
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = test_data / "models" / name
-    (output,) = LLM(folder).generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=200), use_tqdm=False)
+    (output,) = LLM(folder).generate(
+        "Once upon a time", SamplingParams(temperature=0.0, max_tokens=200), use_tqdm=False
+    )
     hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = AutoTokenizer.from_pretrained(folder)("Once upon a time", return_tensors="pt")
     assert output.prompt_token_ids == tuple(prompt["input_ids"][0].tolist())

@@ -73,6 +73,10 @@ def bench_forward(
     loaded: Loaded, prompt_lengths: Sequence[int], batch: int, context: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Bare plan steps in llama-bench's fields: prefill of each length (pp), one decode step of `batch` rows (tg)."""
+    longest = loaded.model.spec.max_position
+    for name, length in (*(("prompt_len", length) for length in prompt_lengths), ("depth + 1", context + 1)):
+        if not 1 <= length <= longest:
+            raise UsageError("BENCH", f"{name} is {length}; the model holds 1 to {longest} tokens")
     gate = check_plan(loaded.plan, loaded.model)
     plan = loaded.plan
     bandwidth = read_bandwidth()

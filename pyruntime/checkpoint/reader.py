@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -45,7 +46,7 @@ def read_model(folder: Path) -> Model:
     num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     skipped, overrides = per_layer_overrides(fields, num_layers)
     listed, notes = llm_drop_plan(fields, num_layers)
-    dense = family.spec(fields.with_layer_overrides(overrides))
+    dense = _dense_spec(family, fields.with_layer_overrides(overrides))
     spec = drop_sublayers(dense, skipped | listed)
     notes += _agreement(skipped, listed) + _ignored(fields, family)
     stored = open_tensors(folder)
@@ -62,6 +63,14 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
+def _dense_spec(family: Family, fields: Fields) -> ModelSpec:
+    try:
+        return family.spec(fields)
+    except UsageError as error:
+        # what each value may be is checked by Fields; how they fit together, by the specification
+        raise UsageError("CONFIG", f"config.json: {error}" if error.code == "SPEC" else str(error)) from None
+
+
 def _agreement(skipped: DropPlan, listed: DropPlan) -> tuple[str, ...]:
     if skipped and listed and (skipped.attention, skipped.mlp) != (listed.attention, listed.mlp):
         return ("per_layer_config and the drop lists differ; everything that either drops is dropped",)
@@ -71,8 +80,10 @@ def _agreement(skipped: DropPlan, listed: DropPlan) -> tuple[str, ...]:
 def _ignored(fields: Fields, family: Family) -> tuple[str, ...]:
     code = tuple(f"{key} is ignored: no code of a checkpoint is ever run" for key in _CODE_KEYS if fields.raw(key))
     fields.ignore(_COMMON_KEYS | family.harmless)
-    unknown = fields.unused()
-    return code + ((f"config.json has keys that pyruntime does not know: {', '.join(unknown)}",) if unknown else ())
+    unknown = [key[:80] if key.isprintable() else repr(key[:80]) for key in fields.unused()]
+    return code + (
+        (f"config.json has {len(unknown)} keys that pyruntime does not know: {_some(unknown)}",) if unknown else ()
+    )
 
 
 def _bind(
@@ -95,8 +106,10 @@ def _bind(
             )
         weights[weight] = TensorRef(shard, name, info.dtype, shape, info.start, info.num_bytes)
     # the dtype of most of the bytes: some checkpoints keep their norms in float32
-    largest = max(names.values(), key=lambda name: stored[name].info.num_bytes)
-    return weights, _DTYPE_NAMES[stored[largest].info.dtype]
+    num_bytes: Counter[str] = Counter()
+    for name in names.values():
+        num_bytes[stored[name].info.dtype] += stored[name].info.num_bytes
+    return weights, _DTYPE_NAMES[num_bytes.most_common(1)[0][0]]
 
 
 def _check_names(wanted: set[str], dense: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]) -> None:

@@ -73,17 +73,22 @@ def generate(
 def _text(prompt: str) -> str:
     if prompt != "-":
         return prompt
-    return sys.stdin.read().rstrip("\n")
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "TEXT", f"standard input is not valid {error.encoding} at byte {error.start}; expected text"
+        ) from None
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams) -> RequestOutput:
     """Print the completion as it comes, after its prompt."""
-    print(prompt, end="", flush=True)
-    shown = 0
+    # not before the first output: of a prompt that is refused nothing is printed
+    fresh, shown = prompt, 0
     for output in llm.stream(prompt, params):
         text = output.outputs[0].text
-        print(text[shown:], end="", flush=True)
-        shown = len(text)
+        print(fresh + text[shown:], end="", flush=True)
+        fresh, shown = "", len(text)
     print()
     return output
 

@@ -80,7 +80,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # typer's own usage errors: some releases bring click along, others contain it, so the class has no one home
         usage = getattr(error, "format_message", None)
         if usage is not None:
-            print(f"error[USAGE]: {usage()} (pyruntime --help shows what there is)", file=sys.stderr)
+            # a command without its sub-command has shown its help and has nothing to add
+            if message := usage():
+                print(f"error[USAGE]: {message} (pyruntime --help shows what there is)", file=sys.stderr)
             return 2
         logging.getLogger("pyruntime").debug("traceback", exc_info=True)
         print(

@@ -161,8 +161,9 @@ def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
             raise UsageError(
                 "CONFIG", f"kv_cache_memory_bytes is {sizes.kv_cache_memory_bytes}; a page takes {page_bytes}"
             )
+        pages = min(pages, useful)
         check_memory(pages * page_bytes, f"a KV cache of {pages} pages")
-        return min(pages, useful)
+        return pages
     available = available_memory()
     pages = useful if available is None else min(useful, int(available * _CACHE_SHARE) // page_bytes)
     if pages < per_sequence:

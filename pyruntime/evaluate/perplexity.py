@@ -41,10 +41,17 @@ def perplexity(
     """Perplexity of `sequences` of token ids; the first token of each is context only.
 
     Log-likelihoods are summed in float64. `progress` is called with the tokens of each sequence. Raises UsageError
-    for sequences without anything to predict, RunError NUMERICS for logits that are not finite.
+    for sequences without anything to predict and for ids outside the vocabulary, RunError NUMERICS for logits that
+    are not finite.
     """
     if not any(len(sequence) > 1 for sequence in sequences):
         raise UsageError("TEXT", "the text has no token to predict; expected at least two tokens")
+    for token_id in {token_id for sequence in sequences for token_id in sequence}:
+        # a negative id would silently index from the end
+        if not 0 <= token_id < plan.vocab_size:
+            raise UsageError(
+                "TEXT", f"the text holds token {token_id}; the model has tokens 0 to {plan.vocab_size - 1}"
+            )
     longest = max(len(sequence) for sequence in sequences)
     num_pages = -(-longest // _PAGE_SIZE)
     cache = plan.new_cache(num_pages, _PAGE_SIZE)

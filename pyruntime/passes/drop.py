@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,15 +117,23 @@ def load_drop_plan(path: Path) -> DropPlan:
     """The drop plan in the JSON file `path`. Raises UsageError DROP_PLAN."""
     try:
         return DropPlan.from_json(read_object(path, "DROP_PLAN"))
-    except CheckpointError as error:
-        raise UsageError(error.code, f"{path}: {error}") from None
+    except (CheckpointError, UsageError) as error:
+        raise UsageError("DROP_PLAN", f"{path}: {error}") from None
 
 
 def save_drop_plan(plan: DropPlan, path: Path) -> None:
-    """Write `plan` as the JSON file `path`. Raises RunError IO."""
+    """Write `plan` as the JSON file `path`, whole or not at all. Raises RunError IO."""
+    # beside its target, because a rename does not cross file systems
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(plan.to_json(), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RunError("IO", f"cannot write {path}: {error.strerror}") from None
 
 

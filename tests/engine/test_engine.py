@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pyruntime.engine.engine import Engine
 from pyruntime.engine.params import SamplingParams
+from pyruntime.engine.request import RunningSequence
 from pyruntime.errors import UsageError
 from pyruntime.plan import Plan
 from pyruntime.spec import DropPlan
@@ -114,6 +116,21 @@ def test_each_output_extends_the_one_before(make_llama: MakeLlama) -> None:
             assert output.finished == (len(seen) == NEW)
             assert (output.prompt, output.prompt_token_ids) == ("words", tuple(PROMPTS["a"]))
     assert seen == [expected[: i + 1] for i in range(NEW)]
+
+
+def test_a_sequence_s_tokens_are_prompt_then_output() -> None:
+    sequence = RunningSequence(
+        request_id="x",
+        index=0,
+        prompt_token_ids=(1, 2, 3),
+        params=GREEDY,
+        seed=0,
+        max_tokens=9,
+        detokenizer=None,
+        output_token_ids=[4, 5, 6, 7],
+    )
+    for begin, end in itertools.combinations(range(8), 2):
+        assert list(sequence.tokens(begin, end)) == list(range(begin + 1, end + 1))
 
 
 def test_times_are_in_order(make_llama: MakeLlama) -> None:

@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "one token a step": {"budget": 1},
     "chunks of three": {"budget": 3},
     "preempted": {"num_pages": 7},
+    "preempted in the prompt": {"num_pages": 6, "budget": 2},
 }
 
 
@@ -223,7 +224,7 @@ def test_prompt_logprobs_equal_transformers(model: tuple[Any, Any], way: str, co
     other = PROMPT[::-1]
     given = params(prompt_logprobs=count, max_tokens=9)
     outputs = run_all(engine, {"x": (PROMPT, given), "y": (other, given), "z": (PROMPT, params(max_tokens=9))})
-    if way == "preempted":
+    if way.startswith("preempted"):
         assert sum(output.metrics.num_preemptions for output in outputs.values()) > 0
     assert outputs["z"].prompt_logprobs is None
     for name, prompt in (("x", PROMPT), ("y", other)):

@@ -65,15 +65,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule()
     def step(self) -> None:
-        oldest = self.live[0]
+        oldest, num_running = self.live[0], self.scheduler.num_running
         chunks = self.scheduler.schedule()
         preempted = self._notice_preemptions()
         assert oldest not in preempted, "the oldest lost its cache: two could push each other out for ever"
         self._check_limits(chunks)
         self._check_pages()
         self._check_order(chunks)
-        if not preempted:
+        if preempted:
+            assert self.scheduler.num_running == num_running - len(preempted), "somebody came into a full cache"
+        else:
             self._check_nobody_waits_in_vain(chunks)
+        if self.scheduler.num_running > num_running:
+            # who comes in leaves room for all tokens of those who run, or it would be thrown out at once
+            assert self._pages_for_the_oldest(self.scheduler.num_running) <= self.num_pages
         for chunk in chunks:
             self._compute(chunk)
 
@@ -129,9 +134,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         left = self.budget - sum(chunk.length for chunk in chunks)
         if not waiting or left == 0 or self.scheduler.num_running == self.max_num_seqs:
             return
-        needed = [-(-each.num_tokens // self.page_size) for each in self.live]
-        running = sum(needed[: self.scheduler.num_running])
-        assert running + needed[self.scheduler.num_running] > self.num_pages
+        assert self._pages_for_the_oldest(self.scheduler.num_running + 1) > self.num_pages
+
+    def _pages_for_the_oldest(self, count: int) -> int:
+        return sum(-(-each.num_tokens // self.page_size) for each in self.live[:count])
 
     def _compute(self, chunk: Chunk[Counter]) -> None:
         sequence = chunk.sequence

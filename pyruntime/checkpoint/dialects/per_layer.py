@@ -28,7 +28,7 @@ def per_layer_overrides(fields: Fields, num_layers: int) -> tuple[DropPlan, dict
         where = f"config.json: per_layer_config[{key!r}]"
         if index in overrides or not isinstance(entry, dict):
             raise UsageError("CONFIG", f"{where} is no object, or layer {index} is listed twice")
-        for kind in _skip(entry.get("skip") or [], where):
+        for kind in _skip(entry.get("skip"), where):
             skipped[kind].append(index)
         overrides[index] = {name: value for name, value in entry.items() if name != "skip"}
         unknown = sorted(set(overrides[index]) - _OVERRIDES)
@@ -47,6 +47,8 @@ def _layer_index(key: str, num_layers: int) -> int:
 
 
 def _skip(value: Any, where: str) -> list[str]:
+    if value is None:
+        return []
     if not isinstance(value, list) or not all(each in _SKIPS for each in value):
         raise UsageError("CONFIG", f"{where} skips {value!r}; expected a list of {' and '.join(_SKIPS)}")
     return value

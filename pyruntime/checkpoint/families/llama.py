@@ -39,10 +39,13 @@ def llama_spec(fields: Fields) -> ModelSpec:
     vocab_size = fields.integer("vocab_size", 1, MAX_VOCAB)
     max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION, 2048)
     num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
+    head_dim = _head_dim(fields, hidden_size)
     return ModelSpec(
         family="llama",
         embedding=Embedding(vocab_size=vocab_size, size=hidden_size),
-        layers=tuple(_layer(fields.layer(index), index, hidden_size, max_position) for index in range(num_layers)),
+        layers=tuple(
+            _layer(fields.layer(index), index, hidden_size, head_dim, max_position) for index in range(num_layers)
+        ),
         final_norm=_norm(fields, hidden_size),
         head=Head(
             linear=Linear(in_features=hidden_size, out_features=vocab_size),
@@ -52,24 +55,31 @@ def llama_spec(fields: Fields) -> ModelSpec:
     )
 
 
-def _layer(fields: Fields, index: int, hidden_size: int, max_position: int) -> Layer:
+def _layer(fields: Fields, index: int, hidden_size: int, head_dim: int, max_position: int) -> Layer:
     return Layer(
         index=index,
-        attention=_attention(fields, hidden_size, max_position),
+        attention=_attention(fields, hidden_size, head_dim, max_position),
         mlp=_mlp(fields, hidden_size),
     )
 
 
-def _attention(fields: Fields, hidden_size: int, max_position: int) -> Attention:
+def _head_dim(fields: Fields, hidden_size: int) -> int:
+    """Size of a head where no layer says otherwise; a layer that lost heads keeps the size of the others."""
+    found: int | None = fields.integer("head_dim", 1, MAX_HEAD_DIM, None)
+    if found is not None:
+        return found
+    num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+    if hidden_size % num_heads:
+        raise UsageError(
+            "CONFIG", f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}; say head_dim"
+        )
+    return int(hidden_size // num_heads)
+
+
+def _attention(fields: Fields, hidden_size: int, default_head_dim: int, max_position: int) -> Attention:
     num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
     num_kv_heads = fields.integer("num_key_value_heads", 1, MAX_HEADS, num_heads)
-    head_dim = fields.integer("head_dim", 1, MAX_HEAD_DIM, None)
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise UsageError(
-                "CONFIG", f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}; say head_dim"
-            )
-        head_dim = hidden_size // num_heads
+    head_dim = fields.integer("head_dim", 1, MAX_HEAD_DIM, default_head_dim)
     bias = fields.boolean("attention_bias", False)
 
     def project(heads: int) -> Linear:

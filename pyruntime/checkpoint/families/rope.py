@@ -20,8 +20,10 @@ def rope_from(fields: Fields, head_dim: int, max_position: int, default_theta: f
     """The Rope of a configuration. Raises UsageError CONFIG for kinds and values that are not supported."""
     parameters, theta = _parameters(fields, default_theta)
     own = Fields(parameters)
-    name = "rope_type" if "rope_type" in parameters else "type"
-    kind = own.choice(name, _KINDS, RopeKind.DEFAULT)
+    kinds = {own.choice(name, _KINDS, None) for name in ("rope_type", "type")} - {None}
+    if len(kinds) > 1:
+        raise UsageError("CONFIG", f"config.json: rope_type and type are {' and '.join(sorted(kinds))}; remove one")
+    kind = kinds.pop() if kinds else RopeKind.DEFAULT
     fraction = own.real("partial_rotary_factor", 0.0, 1.0, fields.real("partial_rotary_factor", 0.0, 1.0, 1.0))
     values: dict[str, Any] = {}
     if kind is not RopeKind.DEFAULT:
@@ -48,6 +50,8 @@ def _parameters(fields: Fields, default_theta: float) -> tuple[dict[str, Any], f
     for name, value in (("rope_scaling", old), ("rope_parameters", new)):
         if value is not None and not isinstance(value, dict):
             raise UsageError("CONFIG", f"config.json: {name} is {value!r}; expected an object")
+    if old and new is not None and old != new:
+        raise UsageError("CONFIG", "config.json: rope_scaling and rope_parameters differ; remove one")
     if new is not None and any(isinstance(value, dict) for value in new.values()):
         raise UsageError("CONFIG", "config.json: rope_parameters differ by layer type; not supported for this family")
     parameters: dict[str, Any] = new if new is not None else (old or {})

@@ -1,0 +1,180 @@
+"""No speed without a green gate; percentiles and the order of interleaved runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyruntime.bench import (
+    RequestLoad,
+    Samples,
+    bench_forward,
+    bench_latency,
+    bench_throughput,
+    check_plan,
+    interleaved,
+    nmse_of,
+    read_bandwidth,
+    run,
+    timing,
+)
+from pyruntime.bench.gate import LIMITS
+from pyruntime.cli import bench as cli_bench
+from pyruntime.cli.main import run as run_command
+from pyruntime.engine.load import Loaded
+from pyruntime.errors import RunError
+from pyruntime.plan import Plan
+from pyruntime.spec import DropPlan
+from tests.helpers import all_logits, hf_logits, make_plan, pruned_model, without
+
+MakeLlama = Callable[..., tuple[Path, Any]]
+PATTERN = DropPlan(attention=(0, 2), mlp=(1,))
+# what the gate runs: 32 tokens spread over a vocabulary of 61
+GATE_TOKENS = [i * 7919 % 61 for i in range(32)]
+
+
+def spoil(plan: Plan, place: int, factor: float) -> Plan:
+    """`plan` with every weight of one step multiplied."""
+    steps = list(plan.steps)
+    weights = {role: weight * factor for role, weight in steps[place].weights.items()}
+    steps[place] = dataclasses.replace(steps[place], weights=weights)
+    return dataclasses.replace(plan, steps=tuple(steps))
+
+
+def loaded_with(folder: Path, plan: Plan) -> Loaded:
+    model = pruned_model(folder, PATTERN)
+    return Loaded(model=model, plan=plan, tokenizer=None, generation_config={}, eos_token_ids=())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_an_honest_plan_passes_with_its_distance_from_transformers(make_llama: MakeLlama, dtype: str) -> None:
+    folder, hf_model = make_llama()
+    result = check_plan(make_plan(folder, PATTERN, dtype), pruned_model(folder, PATTERN))
+    assert result.nmse is not None
+    assert result.nmse <= result.limit == LIMITS[getattr(torch, dtype)]
+    # the same figure from transformers in float64, over the tokens that the gate runs
+    (found,) = all_logits(make_plan(folder, PATTERN, dtype), [GATE_TOKENS], 32)
+    expected = hf_logits(without(hf_model, PATTERN).double(), GATE_TOKENS)
+    theirs = float((found.double() - expected).square().sum() / expected.square().sum())
+    assert result.nmse == pytest.approx(theirs, rel=0.05, abs=1e-12)
+
+
+def test_nmse_is_the_squared_error_over_the_squared_values() -> None:
+    expected = torch.tensor([3.0, -4.0, 0.0, 12.0])
+    found = torch.tensor([3.0, -4.5, 1.0, 12.0])
+    assert nmse_of(found, expected) == pytest.approx((0.25 + 1.0) / (9 + 16 + 144))
+    assert nmse_of(expected, expected) == 0
+
+
+def test_any_spoilt_step_fails_the_gate(make_llama: MakeLlama) -> None:
+    folder, _ = make_llama()
+    plan, model = make_plan(folder, PATTERN), pruned_model(folder, PATTERN)
+    spoilt_steps = [i for i, step in enumerate(plan.steps) if step.weights]
+    assert len(spoilt_steps) > 5
+    for place in spoilt_steps:
+        with pytest.raises(RunError, match="NMSE") as failure:
+            check_plan(spoil(plan, place, 1.01), model)
+        assert (failure.value.code, failure.value.exit_code) == ("NUMERICS", 4)
+
+
+def test_nan_and_another_drop_pattern_fail_the_gate(make_llama: MakeLlama) -> None:
+    folder, _ = make_llama()
+    model = pruned_model(folder, PATTERN)
+    for wrong in (
+        spoil(make_plan(folder, PATTERN), 0, torch.nan),
+        make_plan(folder),
+        make_plan(folder, DropPlan((0,))),
+    ):
+        with pytest.raises(RunError, match="NMSE"):
+            check_plan(wrong, model)
+
+
+def test_a_model_too_large_for_float64_is_said_to_be_unchecked(
+    make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = make_llama()
+    monkeypatch.setattr("pyruntime.bench.gate.available_memory", lambda: 1000)
+    result = check_plan(make_plan(folder, PATTERN), pruned_model(folder, PATTERN))
+    assert result.nmse is None
+    assert result.line().startswith("gate: not run")
+
+
+def test_nothing_is_timed_behind_a_red_gate(make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = make_llama()
+    loaded = loaded_with(folder, spoil(make_plan(folder, PATTERN), -1, 1.01))
+
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr(run, "interleaved", forbidden)
+    monkeypatch.setattr(run, "_generate", forbidden)
+    load = RequestLoad(num_prompts=1, input_len=2, output_len=2)
+    for measure in (
+        lambda: bench_latency(loaded, load, 1, 0),
+        lambda: bench_throughput(loaded, load),
+        lambda: bench_forward(loaded, [4], 1, 4, 2),
+    ):
+        with pytest.raises(RunError, match="NMSE"):
+            measure()
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput", "forward"])
+def test_the_command_prints_no_time_behind_a_red_gate(
+    make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    folder, _ = make_llama()
+    plan = make_plan(folder, PATTERN)
+    sizes = ["-p", "4", "-d", "4", "-r", "2"] if command == "forward" else ["--input-len", "4", "--output-len", "2"]
+    monkeypatch.setattr(timing, "_BANDWIDTH_BYTES", 1 << 20)
+    for each, code in ((plan, 0), (spoil(plan, -1, 1.01), 4)):
+        loaded = loaded_with(folder, each)
+        monkeypatch.setattr(cli_bench, "load", lambda *_, _loaded=loaded, **__: _loaded)
+        assert run_command(["bench", command, str(folder), *sizes, "--json"]) == code
+        out, err = capsys.readouterr()
+        if code == 0:
+            assert json.loads(out)
+        else:
+            assert out == ""
+            assert err.startswith("error[NUMERICS]: ")
+
+
+@given(
+    st.lists(st.floats(0, 1e3), min_size=1, max_size=40),
+    st.sampled_from([0, 1, 10, 20, 25, 50, 75, 80, 90, 99, 100]),
+)
+@settings(max_examples=100, deadline=None)
+def test_percentiles_equal_numpy(seconds: list[float], percent: int) -> None:
+    samples = Samples(tuple(seconds))
+    assert samples.percentile(percent) == pytest.approx(np.percentile(seconds, percent), rel=1e-9, abs=1e-9)
+    assert samples.median == pytest.approx(np.median(seconds))
+
+
+def test_the_spread_is_said_in_milliseconds() -> None:
+    assert Samples((0.001, 0.002, 0.003, 0.004, 0.005, 0.006)).spread() == "2.00-5.00 ms"
+
+
+def test_runs_are_interleaved_after_their_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    clock = iter(range(0, 1000, 5))
+    # every look at the clock is five seconds after the one before
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    found = interleaved([lambda: calls.append("a"), lambda: calls.append("b")], repeats=3, warmup=2)
+    assert "".join(calls) == "ab" * 5
+    assert [each.seconds for each in found] == [(5.0, 5.0, 5.0)] * 2
+
+
+def test_the_ceiling_is_bytes_over_the_fastest_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_BANDWIDTH_BYTES", 1 << 20)
+    times = Samples((0.5, 0.25, 1.0))
+    monkeypatch.setattr(timing, "interleaved", lambda runs, repeats: (times,))
+    assert read_bandwidth() == (1 << 20) / 0.25

@@ -1,0 +1,209 @@
+"""What a user sees when something is wrong: one line on standard error, nothing else, and the right exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pyruntime.cli.main import run
+from pyruntime.engine.engine import Engine
+
+TextModel = tuple[Path, Any]
+Capture = pytest.CaptureFixture[str]
+
+
+def fail(capsys: Capture, *arguments: object) -> tuple[int, str]:
+    """Exit code and the one line of a command that must fail, printing nothing but that line."""
+    code = run([str(each) for each in arguments])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error[")
+    assert err.count("\n") == 1
+    return code, err
+
+
+USAGE: dict[str, tuple[list[object], str]] = {
+    "no prompt": (["generate", "MODEL"], "PROMPT]: no prompt was given"),
+    "empty prompt": (["generate", "MODEL", ""], "PROMPT]: the prompt is empty"),
+    "too long": (["generate", "MODEL", "the cat", "--max-tokens", 64], "PROMPT]: the prompt has"),
+    "parameter": (["generate", "MODEL", "a", "--top-p", 2], "PARAMS]: top_p is 2.0; expected"),
+    "dtype": (["generate", "MODEL", "a", "--dtype", "int4"], "DTYPE]: dtype 'int4'"),
+    "target": (["generate", "MODEL", "a", "--target", "tpu"], "TARGET]: target 'tpu'"),
+    "context": (["generate", "MODEL", "a", "--max-model-len", 65], "CONFIG]: max_model_len is 65"),
+    "layer": (["inspect", "MODEL", "--drop-attn", "4"], "DROP]: layer 4 does not exist"),
+    "layer text": (["bench", "latency", "MODEL", "--drop-mlp", "x"], "DROP]: 'x' names no layers"),
+    "plan file": (["inspect", "MODEL", "--drop-plan", "no-such.json"], "DROP_PLAN]: no-such.json"),
+    "inspect dtype": (["inspect", "MODEL", "--dtype", "x"], "DTYPE]: dtype 'x'"),
+    "no folder": (["inspect", "/no/such/folder"], "MODEL]: '/no/such/folder' is no folder"),
+    "unknown option": (["inspect", "MODEL", "--nonsense"], "USAGE]: No such option: --nonsense"),
+    "unknown command": (["nonsense"], "USAGE]: No such command 'nonsense'"),
+    "no model": (["inspect"], "USAGE]: Missing"),
+    "not a number": (["generate", "MODEL", "a", "--max-tokens", "many"], "USAGE]: Invalid value for '--max-tokens'"),
+    "bench too long": (["bench", "latency", "MODEL", "--input-len", 60, "--output-len", 5], "60 and output_len 5"),
+    "prefill of nothing": (["bench", "forward", "MODEL", "-p", 0], "prompt_len is 0; the model holds 1 to 64"),
+    "prefill backwards": (["bench", "forward", "MODEL", "-p", -3], "prompt_len is -3"),
+    "prefill too long": (["bench", "forward", "MODEL", "-p", 65], "prompt_len is 65"),
+    "depth too long": (["bench", "forward", "MODEL", "-p", 4, "-d", 64], "depth + 1 is 65"),
+}
+
+
+@pytest.mark.parametrize("what", USAGE)
+def test_wrong_usage_exits_with_2(capsys: Capture, text_model: TextModel, what: str) -> None:
+    arguments, said = USAGE[what]
+    code, line = fail(capsys, *(text_model[0] if each == "MODEL" else each for each in arguments))
+    assert code == 2
+    assert said in line
+
+
+@pytest.mark.parametrize("arguments", [["bench"], []])
+def test_a_command_without_its_sub_command_shows_help(capsys: Capture, arguments: list[str]) -> None:
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "Usage: " in out + err
+    assert "error[" not in err
+
+
+def test_text_that_is_no_unicode_exits_with_2(
+    capsys: Capture, text_model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as Python decodes an argument that is not UTF-8
+    code, line = fail(capsys, "generate", text_model[0], "a\udcff")
+    assert (code, "TEXT]" in line) == (2, True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    code, line = fail(capsys, "generate", text_model[0], "-")
+    assert (code, "TEXT]" in line) == (2, True)
+
+
+def test_chat_without_a_template_exits_with_2(capsys: Capture, text_model: TextModel, tmp_path: Path) -> None:
+    folder = shutil.copytree(text_model[0], tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    code, line = fail(capsys, "chat", folder)
+    assert code == 2
+    assert "no chat template" in line
+
+
+def cut_weights(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+
+
+def garble_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def garble_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def lose_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("harm", [cut_weights, garble_config, garble_tokenizer, lose_a_weight])
+def test_a_bad_checkpoint_exits_with_3(
+    capsys: Capture, text_model: TextModel, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    folder = shutil.copytree(text_model[0], tmp_path / "m")
+    harm(folder)
+    code, line = fail(capsys, "generate", folder, "the cat")
+    assert code == 3, line
+
+
+def poison(folder: Path, target: Path) -> Path:
+    """A copy whose logits are NaN for whatever prompt."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    weights["model.embed_tokens.weight"].fill_(torch.nan)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("texts", [["the cat"], ["the cat", "once"]])
+def test_numbers_that_are_none_exit_with_4(
+    capsys: Capture, text_model: TextModel, tmp_path: Path, texts: list[str]
+) -> None:
+    folder = poison(text_model[0], tmp_path / "m")
+    assert run(["generate", str(folder), *texts]) == 4
+    err = capsys.readouterr().err
+    assert err.count("error[NUMERICS]") == err.count("\n") == len(texts)
+    assert "NaN" in err
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput", "forward"])
+def test_no_time_is_printed_for_wrong_numbers(
+    capsys: Capture, text_model: TextModel, tmp_path: Path, command: str
+) -> None:
+    folder = poison(text_model[0], tmp_path / "m")
+    sizes = ["-p", 4, "-d", 4] if command == "forward" else ["--input-len", 4, "--output-len", 3]
+    for flags in ([], ["--json"]):
+        code, line = fail(capsys, "bench", command, folder, *sizes, *flags, "--output-json", tmp_path / "out.json")
+        assert code == 4
+        assert "NUMERICS" in line
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_file_that_cannot_be_written_exits_with_5(capsys: Capture, text_model: TextModel, tmp_path: Path) -> None:
+    sizes = ["--input-len", "4", "--output-len", "3", "--num-prompts", "2"]
+    code = run(["bench", "throughput", str(text_model[0]), *sizes, "--output-json", str(tmp_path / "no" / "out.json")])
+    assert code == 5
+    err = capsys.readouterr().err
+    assert err.startswith("error[IO]: cannot write ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("texts", [["the cat"], ["the cat", "once"]])
+def test_ctrl_c_exits_with_130(
+    capsys: Capture, text_model: TextModel, monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> None:
+    honest, calls = Engine.step, 0
+
+    def step(engine: Engine) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return honest(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+    assert run(["generate", str(text_model[0]), *texts]) == 130
+    out, err = capsys.readouterr()
+    # what was there is shown
+    assert all(text in out for text in texts)
+    assert "Traceback" not in err
+
+
+def test_a_defect_is_called_one_and_exits_with_70(
+    capsys: Capture, text_model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(engine: Engine) -> Any:
+        raise ZeroDivisionError("so it goes")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    code, line = fail(capsys, "generate", text_model[0], "the cat")
+    assert code == 70
+    assert "error[BUG]: ZeroDivisionError: so it goes" in line
+
+
+def test_no_memory_exits_with_7(capsys: Capture, text_model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyruntime.engine.engine.available_memory", lambda: 10_000)
+    code, line = fail(capsys, "generate", text_model[0], "the cat")
+    assert code == 7
+    assert "error[MEMORY]: loading" in line
+
+
+def test_a_bad_variable_exits_with_2(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYRUNTIME_LOGGING_LEVEL", "loud")
+    code, line = fail(capsys, "collect-env")
+    assert code == 2
+    assert "PYRUNTIME_LOGGING_LEVEL is 'loud'" in line
