@@ -8,8 +8,8 @@ from typing import Final
 
 from pyruntime.errors import RunError, UsageError
 
-# nothing that could be executed or unpickled is ever fetched
-PATTERNS: Final = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+# nothing that could be executed or unpickled is ever fetched, nor a second copy of the weights (consolidated.*)
+PATTERNS: Final = ("model*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 

@@ -95,20 +95,18 @@ class Scheduler(Generic[S]):
         """The next step's chunks. The sequences' `pages` hold enough pages for them afterwards."""
         budget = self._config.max_num_batched_tokens
         chunks: list[Chunk[S]] = []
-        preempted = False
         for sequence in list(self._running):
             if budget == 0 or sequence not in self._running:
                 continue
             length = min(sequence.num_tokens - sequence.num_computed, budget)
             while not self._allocator.grow(sequence.pages, sequence.num_computed + length):
-                preempted = True
                 if self._preempt_youngest() is sequence:
                     break
             else:
                 chunks.append(_chunk(sequence, length))
                 budget -= length
-        # a cache that is full for those who run is no place for new ones
-        while not preempted and budget > 0 and self._admits():
+        # budget is left only when every running sequence got all it needs, so free pages are free for new ones
+        while budget > 0 and self._admits():
             sequence = self._waiting.popleft()
             self._running.append(sequence)
             length = min(sequence.num_tokens, budget)
@@ -122,12 +120,7 @@ class Scheduler(Generic[S]):
         if not self._waiting or len(self._running) >= self._config.max_num_seqs:
             return False
         # room for the whole prompt, or its later chunks would push out what runs
-        return self._allocator.pages_for(self._waiting[0].num_tokens) <= self._unclaimed()
-
-    def _unclaimed(self) -> int:
-        """Free pages less those that the running sequences' known tokens still need."""
-        claimed = sum(self._allocator.pages_for(each.num_tokens) - len(each.pages) for each in self._running)
-        return self._allocator.num_free - max(0, claimed)
+        return self._allocator.pages_for(self._waiting[0].num_tokens) <= self._allocator.num_free
 
     def _preempt_youngest(self) -> S:
         sequence = self._running.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ def test_buffers_share_places_and_results_do_not_change(make_llama: MakeLlama) -
 
 def test_dtype_auto_keeps_the_checkpoints(make_llama: MakeLlama, tmp_path: Path) -> None:
     folder, hf_model = make_llama()
-    hf_model.to(torch.bfloat16).save_pretrained(tmp_path)
-    hf_model.float()
+    # the fixture is shared: its own weights must not be rounded
+    copy.deepcopy(hf_model).to(torch.bfloat16).save_pretrained(tmp_path)
     model = read_model(tmp_path)
     assert lower(fuse(build(model.spec)), model).dtype == torch.bfloat16
     assert lower(fuse(build(model.spec)), model, dtype="float32").dtype == torch.float32
