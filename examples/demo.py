@@ -6,13 +6,13 @@ Run it with `make demo`, or `python examples/demo.py [--drop-attn 8-11] [--drop-
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from pyruntime import LLM, PyruntimeError, SamplingParams
+from pyruntime import LLM, PyruntimeError, RequestOutput, SamplingParams
 from pyruntime.bench import check_plan, compare_plans, decode_case, prefill_case
 from pyruntime.cli.inspect import describe, summary
 from pyruntime.evaluate import Perplexity, perplexity, windows
@@ -23,18 +23,10 @@ HELD_OUT = HERE / "held_out.txt"
 PROMPT = "The captain looked at the boy and said,"
 DROP_ATTN = "8-11"
 NEW_TOKENS = 60
+SEED = 7
+ROUNDS = 5
 REPEATS = 15
 CONTEXT = 256
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What one form of the model does: its text, its speed on it, its perplexity on the held-out text."""
-
-    text: str
-    first_token_ms: float
-    tokens_per_second: float
-    quality: Perplexity
 
 
 def main() -> int:
@@ -67,20 +59,21 @@ def show(model: Path, text: Path, drop_attn: str | None, drop_mlp: str | None) -
     title("2. The same prompt, dense and pruned")
     both = {"dense": dense, "pruned": pruned}
     gates = {name: check_plan(llm.plan, llm.model) for name, llm in both.items()}
-    figures = {name: measure(llm, text, name) for name, llm in both.items()}
-    for name, own in figures.items():
-        print(f"[{name}] {PROMPT}{own.text}\n")
+    outputs = generate_in_turn(both)
+    for name, rounds in outputs.items():
+        print(f"[{name}] {PROMPT}{rounds[-1].outputs[0].text}\n")
 
     title("3. Speed and price")
     for name, gate in gates.items():
         print(f"{name:<8} {gate.line()}")
-    print()
-    print(f"{'':<8} {'tokens/s':>9} {'first token':>12} {'perplexity':>11} {'bits/byte':>10}")
+    print(f"\n{'':<8} {'tokens/s':>9} {'first token':>12} {'perplexity':>11} {'bits/byte':>10}")
     num_bytes = len(text.read_bytes())
-    for name, own in figures.items():
+    for name, rounds in outputs.items():
+        quality = held_out_perplexity(both[name], text, name)
         print(
-            f"{name:<8} {own.tokens_per_second:>9.1f} {own.first_token_ms:>9.1f} ms {own.quality.value:>11.2f} "
-            f"{own.quality.bits_per_byte(num_bytes):>10.3f}"
+            f"{name:<8} {statistics.median(map(tokens_per_second, rounds)):>9.1f} "
+            f"{statistics.median(map(first_token_ms, rounds)):>9.1f} ms "
+            f"{quality.value:>11.2f} {quality.bits_per_byte(num_bytes):>10.3f}"
         )
     print()
     print_speedups(dense, pruned)
@@ -90,25 +83,37 @@ def show(model: Path, text: Path, drop_attn: str | None, drop_mlp: str | None) -
     print("pyruntime bench latency examples/novels-5m --drop-attn 8-11 --batch-size 4 --output-len 32 --num-iters 3")
 
 
-def measure(llm: LLM, text: Path, name: str) -> Figures:
-    """Generate once to warm up, once for the record; then read the held-out text."""
-    params = SamplingParams(temperature=0.7, top_p=0.95, seed=7, max_tokens=NEW_TOKENS, ignore_eos=True)
-    for _ in range(2):
-        (output,) = llm.generate(PROMPT, params, use_tqdm=False)
+def generate_in_turn(llms: dict[str, LLM]) -> dict[str, list[RequestOutput]]:
+    """Complete the prompt with each model in turn: what disturbs one disturbs both. The first round is not kept."""
+    params = SamplingParams(temperature=0.7, top_p=0.95, seed=SEED, max_tokens=NEW_TOKENS, ignore_eos=True)
+    rounds: dict[str, list[RequestOutput]] = {name: [] for name in llms}
+    for _ in range(1 + ROUNDS):
+        for name, llm in llms.items():
+            rounds[name] += llm.generate(PROMPT, params, use_tqdm=False)
+    return {name: outputs[1:] for name, outputs in rounds.items()}
+
+
+def first_token_ms(output: RequestOutput) -> float:
+    """Milliseconds from arrival to the first token."""
+    assert output.metrics.first_token_time is not None
+    return (output.metrics.first_token_time - output.metrics.arrival_time) * 1e3
+
+
+def tokens_per_second(output: RequestOutput) -> float:
+    """Tokens after the first per second."""
     times = output.metrics
-    assert times.first_token_time is not None and times.finished_time is not None
-    tokenizer = llm.get_tokenizer()
-    ids = tokenizer.encode(text.read_text(encoding="utf-8"))
+    assert times.first_token_time is not None
+    assert times.finished_time is not None
+    return (len(output.outputs[0].token_ids) - 1) / (times.finished_time - times.first_token_time)
+
+
+def held_out_perplexity(llm: LLM, text: Path, name: str) -> Perplexity:
+    """Perplexity of the text, in windows of the model's context."""
+    ids = llm.get_tokenizer().encode(text.read_text(encoding="utf-8"))
     # the tokenizer opens every text with one token of its own, and so does every window
     pieces = windows(ids[1:], llm.model.spec.max_position, bos=ids[0])
     with tqdm(total=sum(map(len, pieces)), desc=f"perplexity, {name}", unit="tok", leave=False, disable=None) as bar:
-        quality = perplexity(llm.plan, pieces, bar.update)
-    return Figures(
-        text=output.outputs[0].text,
-        first_token_ms=(times.first_token_time - times.arrival_time) * 1e3,
-        tokens_per_second=(NEW_TOKENS - 1) / (times.finished_time - times.first_token_time),
-        quality=quality,
-    )
+        return perplexity(llm.plan, pieces, bar.update)
 
 
 def print_speedups(dense: LLM, pruned: LLM) -> None:

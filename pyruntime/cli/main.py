@@ -72,10 +72,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         print("error[MEMORY]: the machine is out of memory; use a smaller model, batch or context", file=sys.stderr)
         return 7
-    except BrokenPipeError:
-        # whoever read our output has seen enough
-        sys.stderr.close()
-        return 0
     except Exception as error:
         # typer's own usage errors: some releases bring click along, others contain it, so the class has no one home
         usage = getattr(error, "format_message", None)
