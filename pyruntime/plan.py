@@ -48,6 +48,7 @@ class Plan:
     steps: tuple[PlanStep, ...]
     num_places: int
     vocab_size: int
+    max_position: int
     kv_shapes: tuple[KvShape, ...]
 
     @property
@@ -167,6 +168,7 @@ def lower(
         steps=steps,
         num_places=max(places.values()) + 1,
         vocab_size=model.spec.vocab_size,
+        max_position=model.spec.max_position,
         kv_shapes=kv_shapes,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,10 +50,11 @@ def read_model(folder: Path) -> Model:
     dense = _dense_spec(family, fields.with_layer_overrides(overrides))
     spec = drop_sublayers(dense, skipped | listed)
     notes += _agreement(skipped, listed) + _ignored(fields, family)
-    stored = open_tensors(folder)
-    weights, dtype = _bind(spec, dense, family, stored)
+    stored: Mapping[str, StoredTensor] = open_tensors(folder)
     if spec.head.tied and family.tensor_name("head.weight") in stored:
-        notes += ("the head is tied to the embedding; the stored head is not read",)
+        spec, dense, stored, head_note = _stored_head(spec, dense, family, stored)
+        notes += (head_note,)
+    weights, dtype = _bind(spec, dense, family, stored)
     return Model(spec=spec, dense_spec=dense, weights=weights, dtype=dtype, path=folder, config=config, notes=notes)
 
 
@@ -84,6 +86,19 @@ def _ignored(fields: Fields, family: Family) -> tuple[str, ...]:
     return code + (
         (f"config.json has {len(unknown)} keys that pyruntime does not know: {_some(unknown)}",) if unknown else ()
     )
+
+
+def _stored_head(
+    spec: ModelSpec, dense: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]
+) -> tuple[ModelSpec, ModelSpec, Mapping[str, StoredTensor], str]:
+    """What a tied head means where the files hold one all the same: as transformers reads them."""
+    head, embedding = family.tensor_name("head.weight"), family.tensor_name("embedding.weight")
+    if embedding not in stored:
+        return spec, dense, {**stored, embedding: stored[head]}, f"the head is tied; {head} serves as embedding too"
+    # transformers ties two stored tensors only if they are equal, so the stored head is right in either case
+    untied = replace(spec.head, tied=False)
+    note = f"config.json ties the head, but {head} is stored beside {embedding}; the stored head is used"
+    return replace(spec, head=untied), replace(dense, head=untied), stored, note
 
 
 def _bind(

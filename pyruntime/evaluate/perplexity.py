@@ -53,6 +53,10 @@ def perplexity(
                 "TEXT", f"the text holds token {token_id}; the model has tokens 0 to {plan.vocab_size - 1}"
             )
     longest = max(len(sequence) for sequence in sequences)
+    if longest > plan.max_position:
+        raise UsageError(
+            "TEXT", f"a sequence has {longest} tokens; the model holds {plan.max_position}: cut it with windows()"
+        )
     num_pages = -(-longest // _PAGE_SIZE)
     cache = plan.new_cache(num_pages, _PAGE_SIZE)
     nll, count = 0.0, 0

@@ -9,11 +9,12 @@ from typing import Final
 import torch
 from torch.nn import functional
 
+from pyruntime.ops import _native
 from pyruntime.ops.attrs import Shape, linear_flops, linear_shapes, norm_shapes
 from pyruntime.ops.linear import project
 from pyruntime.ops.norm import norm_of
 from pyruntime.ops.step import View
-from pyruntime.spec import MLP, Activation, Norm
+from pyruntime.spec import MLP, Activation, Norm, NormKind
 
 _ACTIVATIONS: Final[Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
     Activation.SILU: functional.silu,
@@ -58,6 +59,32 @@ def reference(
     """[rows, hidden]."""
     y = forward(attrs, weights, inputs[0])
     return (inputs[1] + y if attrs.residual else y,)
+
+
+def on_cpu(
+    attrs: MlpAttrs, weights: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor], view: View
+) -> tuple[torch.Tensor, ...]:
+    """[rows, hidden], by the C++ kernel; see `refused_by_cpu` for what it takes."""
+    x = inputs[0].contiguous()
+    residual = inputs[1].contiguous() if attrs.residual else torch.zeros_like(x)
+    assert attrs.norm is not None
+    names = ("gate.weight", "up.weight", "down.weight")
+    gate, up, down = (weights[name] for name in names)
+    return (_native.mlp_float32(x, weights["norm.weight"], attrs.norm.eps, gate, up, down, residual),)
+
+
+def refused_by_cpu(attrs: MlpAttrs, dtype: torch.dtype) -> str | None:
+    """Why the C++ kernel cannot run these attributes, or None."""
+    mlp, norm = attrs.mlp, attrs.norm
+    if dtype is not torch.float32:
+        return f"dtype {dtype} is not float32"
+    if norm is None or norm.kind is not NormKind.RMS or not norm.weight or norm.bias:
+        return "it needs an RMSNorm with gain fused in"
+    if mlp.gate is None or mlp.activation is not Activation.SILU or mlp.sub is not None:
+        return "it needs a gated SiLU MLP without a norm inside"
+    if mlp.gate.bias or mlp.up.bias or mlp.down.bias:
+        return "it has no biases"
+    return None if mlp.in_size == mlp.out_size else "its output must be as wide as its input"
 
 
 def forward(attrs: MlpAttrs, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,8 @@ def _as_rows(logits: torch.Tensor) -> torch.Tensor:
         raise UsageError(
             "SHAPE", f"sample: logits are {logits.dtype} {list(logits.shape)}; expected floats [rows, vocab], vocab > 0"
         )
-    return rows.to(torch.float32)
+    # half precision is widened; the float64 of an oracle stays what it is
+    return rows if rows.dtype is torch.float64 else rows.to(torch.float32)
 
 
 def _check_length(name: str, found: int, rows: int) -> None:

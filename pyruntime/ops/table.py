@@ -28,18 +28,22 @@ class Implementation:
     refuses: Callable[[Any, torch.dtype], str | None] = _runs_everything
 
 
+_REFERENCES: Final = {
+    "embed": embed,
+    "norm": norm,
+    "qkv_rope": qkv_rope,
+    "attention": attention,
+    "linear": linear,
+    "mlp": mlp,
+    "mlp_chain": mlp_chain,
+    "add": add,
+    "gather": gather,
+    "head": head,
+}
+# no plan has the target cpu yet; tests compare what stands here with the reference
+_OTHERS: Final = {"mlp": (Implementation("cpu", mlp.on_cpu, mlp.refused_by_cpu),)}
+
 OPS: Final[dict[str, tuple[Implementation, ...]]] = {
-    name: (Implementation("reference", module.reference),)
-    for name, module in {
-        "embed": embed,
-        "norm": norm,
-        "qkv_rope": qkv_rope,
-        "attention": attention,
-        "linear": linear,
-        "mlp": mlp,
-        "mlp_chain": mlp_chain,
-        "add": add,
-        "gather": gather,
-        "head": head,
-    }.items()
+    name: (Implementation("reference", module.reference), *_OTHERS.get(name, ()))
+    for name, module in _REFERENCES.items()
 }

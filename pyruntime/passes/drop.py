@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pyruntime.checkpoint import Model, PassReport
+from pyruntime.checkpoint.atomic import write_text
 from pyruntime.checkpoint.strict_json import read_object
-from pyruntime.errors import CheckpointError, RunError, UsageError
+from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.spec import DropPlan, ModelSpec, drop_sublayers, weight_shapes
 
 Layers = str | Sequence[int]
@@ -71,15 +70,21 @@ def make_drop_plan(
     drop_attn: Layers | None = None,
     drop_mlp: Layers | None = None,
     drop_block: Layers | None = None,
-    drop_plan: DropPlan | str | Path | None = None,
+    drop_plan: DropPlan | Mapping[str, Any] | str | Path | None = None,
 ) -> DropPlan:
-    """One plan from all the ways to say it: layers by number or text (`parse_layers`), and a plan or its file.
+    """One plan from all the ways to say it: layers by number or text (`parse_layers`); a plan, its JSON or its file.
 
     `drop_block` drops attention and MLP of a layer. The rules "last:k" count the sublayers that `spec` still has.
     """
-    plan = drop_plan if isinstance(drop_plan, DropPlan) else DropPlan()
-    if isinstance(drop_plan, str | Path):
-        plan = load_drop_plan(Path(drop_plan))
+    match drop_plan:
+        case None:
+            plan = DropPlan()
+        case DropPlan():
+            plan = drop_plan
+        case str() | Path():
+            plan = load_drop_plan(Path(drop_plan))
+        case _:
+            plan = DropPlan.from_json(drop_plan)
     blocks = _layers(drop_block, _kept(spec, "block"), spec)
     said = DropPlan(
         _layers(drop_attn, _kept(spec, "attention"), spec) + blocks,
@@ -123,23 +128,14 @@ def load_drop_plan(path: Path) -> DropPlan:
 
 def save_drop_plan(plan: DropPlan, path: Path) -> None:
     """Write `plan` as the JSON file `path`, whole or not at all. Raises RunError IO."""
-    # beside its target, because a rename does not cross file systems
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(plan.to_json(), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise RunError("IO", f"cannot write {path}: {error.strerror}") from None
+    write_text(path, json.dumps(plan.to_json(), indent=2) + "\n")
 
 
 def _layers(said: Layers | None, kept: Sequence[int], spec: ModelSpec) -> tuple[int, ...]:
     if said is None:
         return ()
+    if not isinstance(said, str | Sequence):
+        raise UsageError("DROP", f"{said!r} names no layers; expected a list of numbers, or text such as 20-30")
     layers = parse_layers(said, kept) if isinstance(said, str) else tuple(said)
     for index in layers:
         if isinstance(index, int) and index >= len(spec.layers):

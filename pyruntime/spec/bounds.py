@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from typing import Any, Final
 
 from pyruntime.errors import UsageError
@@ -39,6 +40,12 @@ def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UsageError("SPEC", f"{name} is {value!r} ({type(value).__name__}); expected true or false")
     return value
+
+
+def check_kind(name: str, value: Any, kinds: type[StrEnum]) -> None:
+    """Raise UsageError SPEC unless `value` is a member of the enum `kinds`."""
+    if not isinstance(value, kinds):
+        raise UsageError("SPEC", f"{name} is {value!r}; expected one of {', '.join(kinds)}")
 
 
 def require(condition: bool, message: str) -> None:

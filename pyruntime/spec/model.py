@@ -13,6 +13,7 @@ from pyruntime.spec.bounds import (
     MAX_VOCAB,
     check_bool,
     check_int,
+    check_kind,
     check_real,
     require,
 )
@@ -129,6 +130,7 @@ class MLP:
     residual: bool = True
 
     def __post_init__(self) -> None:
+        check_kind("mlp activation", self.activation, Activation)
         check_bool("mlp residual", self.residual)
         if self.gate is not None:
             require(

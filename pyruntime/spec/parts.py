@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pyruntime.spec.bounds import MAX_HEAD_DIM, MAX_POSITION, MAX_WIDTH, check_bool, check_int, check_real, require
+from pyruntime.spec.bounds import (
+    MAX_HEAD_DIM,
+    MAX_POSITION,
+    MAX_WIDTH,
+    check_bool,
+    check_int,
+    check_kind,
+    check_real,
+    require,
+)
 
 
 class NormKind(StrEnum):
@@ -62,6 +71,7 @@ class Norm:
     bias: bool = False
 
     def __post_init__(self) -> None:
+        check_kind("norm kind", self.kind, NormKind)
         check_int("norm size", self.size, 1, MAX_WIDTH)
         check_real("norm eps", self.eps, 0.0, 1.0)
         check_bool("norm weight", self.weight)
@@ -90,10 +100,12 @@ class Rope:
     truncate: bool = True
 
     def __post_init__(self) -> None:
+        check_kind("rope kind", self.kind, RopeKind)
         check_int("rope dim", self.dim, 2, MAX_HEAD_DIM)
         require(self.dim % 2 == 0, f"rope dim is {self.dim}; expected an even number")
-        check_real("rope theta", self.theta, 0.0, 1e12)
-        check_real("rope factor", self.factor, 0.0, 1e6)
+        # below these bounds nothing turns, or a power of it leaves the range of floats
+        check_real("rope theta", self.theta, 1.0, 1e12)
+        check_real("rope factor", self.factor, 1e-3, 1e6)
         check_bool("rope truncate", self.truncate)
         needs: dict[str, tuple[str, ...]] = {
             RopeKind.DYNAMIC: ("original_max_position",),

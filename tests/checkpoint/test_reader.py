@@ -175,16 +175,6 @@ def test_nothing_is_read_before_lowering_and_only_what_is_kept_after(
     assert len(set(reads)) == len(reads)
 
 
-def test_a_stored_head_that_is_tied_is_not_read(make_llama: Make, tmp_path: Path) -> None:
-    source, hf_model = make_llama()
-    folder = edited(source, tmp_path / "m", {"tie_word_embeddings": True})
-    model = read_model(folder)
-    assert "head.weight" not in model.weights
-    assert any("tied" in note for note in model.notes)
-    lower(fuse(build(model.spec)), model)
-    assert model.bytes_read == sum(p.nbytes for p in hf_model.parameters()) - hf_model.lm_head.weight.nbytes
-
-
 def test_missing_tensors_are_counted_and_ten_are_listed(make_llama: Make, tmp_path: Path) -> None:
     source, _ = make_llama()
     folder = edited(source, tmp_path / "m")

@@ -117,3 +117,9 @@ def test_windows_hold_every_token_once_in_order(ids: list[int], length: int, bos
     # only the last one may be shorter
     assert all(len(window) == length for window in found[:-1])
     assert all(heads < len(window) <= length for window in found)
+
+
+def test_a_text_longer_than_the_context_is_refused(make_llama: Callable[..., tuple[Path, Any]]) -> None:
+    plan = make_plan(make_llama()[0])
+    with pytest.raises(UsageError, match=r"65 tokens.*64"):
+        perplexity(plan, [[1] * 65])

@@ -304,3 +304,10 @@ def test_lengths_must_agree() -> None:
 
 def test_no_rows() -> None:
     assert sample.reference(torch.zeros(0, 3), [], [], [], []) == []
+
+
+def test_a_float64_row_is_sampled_in_float64() -> None:
+    row = torch.ones(VOCAB, dtype=torch.float64)
+    row[5] += 1e-12
+    assert one(row, SampleConfig(num_logprobs=1)).token_id == 5
+    assert one(row, SampleConfig()).token_id == 5

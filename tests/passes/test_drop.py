@@ -269,3 +269,21 @@ def test_a_write_that_fails_leaves_the_old_plan(tmp_path: Path, monkeypatch: pyt
 def test_a_checkpoint_error_is_no_usage_error() -> None:
     """The wrapping in load_drop_plan would be pointless if one were the other."""
     assert not issubclass(CheckpointError, UsageError)
+
+
+def test_a_drop_plan_may_be_its_json_and_nothing_else(make_llama: Callable[..., tuple[Path, Any]]) -> None:
+    spec = read_model(make_llama()[0]).spec
+    wanted = DropPlan((0, 2), (1,))
+    assert make_drop_plan(spec, drop_plan=wanted.to_json()) == wanted
+    for wrong in ([0, 1], 3, {"drop_attn_list": [0]}):
+        with pytest.raises(UsageError) as error:
+            make_drop_plan(spec, drop_plan=wrong)  # type: ignore[arg-type]
+        assert error.value.code == "DROP_PLAN"
+
+
+@pytest.mark.parametrize("wrong", [5, 2.5, {"a": 1}, [1.0], ["1"], [True]])
+def test_layers_of_another_kind_are_refused(make_llama: Callable[..., tuple[Path, Any]], wrong: Any) -> None:
+    spec = read_model(make_llama()[0]).spec
+    for name in ("drop_attn", "drop_mlp", "drop_block"):
+        with pytest.raises(UsageError):
+            make_drop_plan(spec, **{name: wrong})

@@ -47,8 +47,8 @@ def ropes(draw: st.DrawFn, head_dim: int) -> Rope:
     return Rope(
         kind=kind,
         dim=draw(st.sampled_from(range(2, head_dim + 1, 2))),
-        theta=draw(reals),
-        factor=draw(reals),
+        theta=draw(st.floats(1.5, 1e6)),
+        factor=draw(st.floats(0.5, 64.0)),
         original_max_position=draw(st.integers(1, 1 << 24)) if long else None,
         low_freq_factor=draw(st.floats(0.5, 1.0)) if kind is RopeKind.LLAMA3 else None,
         high_freq_factor=draw(st.floats(1.5, 8.0)) if kind is RopeKind.LLAMA3 else None,

@@ -161,12 +161,17 @@ def test_what_is_no_integer_is_no_size(name: str, value: Any) -> None:
     assert name in refused(lambda: INTEGERS[name][0](value))
 
 
+# at theta 1 nothing turns; a factor near zero would leave the range of floats
+LOWEST = {"rope theta": 1.0, "rope factor": 1e-3}
+
+
 @pytest.mark.parametrize("name", REALS)
 def test_reals_are_finite_positive_and_bounded(name: str) -> None:
     make, high = REALS[name]
+    low = LOWEST.get(name, 0.0)
     make(high)
-    make(1e-8)
-    for value in (0.0, 0, -1.0, high * 1.000001, NAN, INF, -INF, 10**400):
+    make(low + 1e-8)
+    for value in (low, 0.0, 0, -1.0, high * 1.000001, NAN, INF, -INF, 10**400):
         assert name in refused(lambda value=value: make(value))
 
 
@@ -358,3 +363,25 @@ def test_any_edit_of_the_json_is_read_or_refused(path: tuple[Any, ...], value: A
 @pytest.mark.parametrize("data", [None, [], 3, "model", {}])
 def test_what_is_no_specification_is_refused(data: Any) -> None:
     refused(lambda: spec_from_json(data))
+
+
+def test_kinds_are_members_of_their_enum_and_nothing_else() -> None:
+    norm = {"size": 4, "eps": 1e-5}
+    for make in (
+        lambda: Norm(kind="banana", **norm),  # type: ignore[arg-type]
+        lambda: Rope(kind="su", dim=4, theta=10.0),  # type: ignore[arg-type]
+        lambda: MLP(
+            gate=None,
+            up=Linear(in_features=4, out_features=8),
+            down=Linear(in_features=8, out_features=4),
+            activation="sine",  # type: ignore[arg-type]
+        ),
+    ):
+        with pytest.raises(UsageError, match="expected one of"):
+            make()
+
+
+@pytest.mark.parametrize("changes", [{"theta": 1.0}, {"theta": 1e-300}, {"factor": 1e-300}])
+def test_ropes_that_cannot_turn_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="rope"):
+        Rope(**{"kind": RopeKind.LINEAR, "dim": 4, "theta": 10.0, "factor": 2.0, **changes})  # type: ignore[arg-type]

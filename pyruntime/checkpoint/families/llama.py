@@ -80,6 +80,10 @@ def _attention(fields: Fields, hidden_size: int, default_head_dim: int, max_posi
     num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
     num_kv_heads = fields.integer("num_key_value_heads", 1, MAX_HEADS, num_heads)
     head_dim = fields.integer("head_dim", 1, MAX_HEAD_DIM, default_head_dim)
+    rope = rope_from(fields, head_dim, max_position)
+    if rope.dim != head_dim:
+        # transformers' Llama ignores the key with default rope, and cannot run it with any other
+        raise UsageError("CONFIG", "partial_rotary_factor is not 1; Llama turns whole heads: remove the key")
     bias = fields.boolean("attention_bias", False)
 
     def project(heads: int) -> Linear:
@@ -94,7 +98,7 @@ def _attention(fields: Fields, hidden_size: int, default_head_dim: int, max_posi
         v=project(num_kv_heads),
         o=Linear(in_features=num_heads * head_dim, out_features=hidden_size, bias=bias),
         scale=head_dim**-0.5,
-        rope=rope_from(fields, head_dim, max_position),
+        rope=rope,
         pre=_norm(fields, hidden_size),
     )
 
