@@ -6,10 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyruntime.async_llm import AsyncLLM
     from pyruntime.engine.params import SamplingParams
     from pyruntime.engine.request import CompletionOutput, RequestOutput
     from pyruntime.errors import CheckpointError, PyruntimeError, RunError, UsageError
-    from pyruntime.llm import LLM, AsyncLLM
+    from pyruntime.llm import LLM
     from pyruntime.spec import DropPlan
 
 __version__ = "0.1.0"
@@ -30,7 +31,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "llm",
-    "AsyncLLM": "llm",
+    "AsyncLLM": "async_llm",
     "SamplingParams": "engine.params",
     "CompletionOutput": "engine.request",
     "RequestOutput": "engine.request",

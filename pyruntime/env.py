@@ -14,7 +14,7 @@ from pyruntime.errors import UsageError
 
 # name -> what it does; `pyruntime collect-env` prints this table with the values in force
 VARIABLES: Final = {
-    "PYRUNTIME_LOGGING_LEVEL": "debug, info, warning or error (default warning)",
+    "PYRUNTIME_LOGGING_LEVEL": "debug, info, warning or error (default: as the host has it; warning for the command)",
     "PYRUNTIME_CPU_ISA": "generic, avx2, avx512 or avx512_bf16: the compiled CPU path (default: the best there is)",
     "PYRUNTIME_NUM_THREADS": "threads of the C++ ops (default: what affinity and the cgroup allow)",
     "PYRUNTIME_TEST_DATA": "folder with models/ and corpora/ for the tests that check real trained models",
@@ -24,10 +24,12 @@ VARIABLES: Final = {
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
 
-def logging_level() -> str:
-    """Level of the `pyruntime` logger, in capitals. Raises UsageError for a name that is no level."""
-    value = os.environ.get("PYRUNTIME_LOGGING_LEVEL", "warning").lower()
-    if value not in _LEVELS:
+def logging_level() -> str | None:
+    """Level asked for, in capitals, or None. Raises UsageError for a name that is no level."""
+    value = os.environ.get("PYRUNTIME_LOGGING_LEVEL")
+    if value is None:
+        return None
+    if value.lower() not in _LEVELS:
         raise UsageError("ENV", f"PYRUNTIME_LOGGING_LEVEL is {value!r}; expected one of {', '.join(_LEVELS)}")
     return value.upper()
 

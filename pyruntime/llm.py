@@ -1,14 +1,12 @@
-"""The offline API: LLM and its asynchronous twin, with vLLM's names."""
+"""The offline API: LLM, with vLLM's names."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ class LLM:
         drop_attn: Layers | None = None,
         drop_mlp: Layers | None = None,
         drop_block: Layers | None = None,
-        drop_plan: DropPlan | str | Path | None = None,
+        drop_plan: DropPlan | Mapping[str, Any] | str | Path | None = None,
         dtype: str = "auto",
         target: str = "auto",
         device: str = "cpu",
@@ -58,6 +56,14 @@ class LLM:
         skip_tokenizer_init: bool = False,
     ) -> None:
         drops = DropOptions(drop_attn=drop_attn, drop_mlp=drop_mlp, drop_block=drop_block, drop_plan=drop_plan)
+        # checked before the minutes that loading may take
+        sizes = EngineSizes(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            seed=seed,
+        )
         # shown only on a terminal, and only when loading takes longer than a moment
         with tqdm(desc="Loading", unit="B", unit_scale=True, disable=None, delay=1.0, leave=False) as bar:
             self._loaded: Loaded = load(
@@ -70,13 +76,6 @@ class LLM:
                 skip_tokenizer_init=skip_tokenizer_init,
                 progress=lambda done, total: _advance(bar, done, total),
             )
-        sizes = EngineSizes(
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            seed=seed,
-        )
         self._engine = make_engine(self._loaded, sizes)
         self._ids = itertools.count()
         self._latest: dict[str, RequestOutput] = {}
@@ -116,8 +115,9 @@ class LLM:
         """Complete `prompts`; one output per prompt, in order.
 
         A prompt is text, a list of token ids, or {"prompt_token_ids": [...]}. Without `sampling_params` the model's
-        own defaults apply. Ctrl-C ends the requests that are not finished and returns everything, their
-        finish_reason being "abort". Raises UsageError for a prompt that cannot run; then none is run.
+        own defaults apply. A sequence that reaches the end of the context ends there, with finish_reason "length".
+        Ctrl-C ends the requests that are not finished and returns everything, their finish_reason being "abort"; a
+        second Ctrl-C raises KeyboardInterrupt. Raises UsageError for a prompt that cannot run; then none is run.
         """
         each = as_list(prompts)
         params = self._params(sampling_params, len(each))
@@ -148,6 +148,8 @@ class LLM:
             while True:
                 output = self._latest.pop(request_id, None)
                 if output is None:
+                    if request_id not in self._engine.unfinished():
+                        raise RunError("ENDED", "the request was ended elsewhere, so its last output is not here")
                     self._step()
                     continue
                 yield output
@@ -185,169 +187,82 @@ class LLM:
     ) -> list[RequestOutput]:
         order = [self._new_id() for _ in prompts]
         finished: dict[str, RequestOutput] = {}
-        try:
-            with _interrupt_waits():
+        with _Interrupts() as interrupts:
+            try:
                 for request_id, (text, ids), own in zip(order, prompts, params, strict=True):
                     self._engine.add_request(request_id, ids, own, text)
-            pending = set(order)
-            with tqdm(total=len(order), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                while pending:
-                    self._step()
-                    for request_id in pending & self._latest.keys():
-                        output = self._latest.pop(request_id)
-                        if output.finished:
-                            finished[request_id] = output
-                            pending.remove(request_id)
-                            bar.update()
-        except KeyboardInterrupt:
-            # what was computed is worth more than a traceback
-            pass
-        finally:
-            ended = {request_id: self._end(request_id) for request_id in order}
+                pending = set(order)
+                with tqdm(total=len(order), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                    while pending and interrupts.count == 0:
+                        with interrupts.second_raises():
+                            self._step()
+                        for request_id in pending & self._latest.keys():
+                            output = self._latest.pop(request_id)
+                            if output.finished:
+                                finished[request_id] = output
+                                pending.remove(request_id)
+                                bar.update()
+            except KeyboardInterrupt:
+                # what was computed is worth more than a traceback
+                pass
+            finally:
+                ended = {request_id: self._end(request_id) for request_id in order}
         finished.update({request_id: output for request_id, output in ended.items() if output is not None})
+        # without an output for each prompt, a handler of the host's own broke in before all were added
+        if interrupts.count > 1 or len(finished) < len(order):
+            raise KeyboardInterrupt
         return [finished[request_id] for request_id in order]
+
+
+class _Interrupts:
+    """Ctrl-C inside the block is counted, not raised, so that nothing is torn.
+
+    A second one raises KeyboardInterrupt in the midst of what stands under `second_raises`. A handler that is not
+    Python's own belongs to the host and stays; threads other than the main one are never interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._raises = False
+        self._previous: Any = None
+
+    def __enter__(self) -> _Interrupts:
+        handler = signal.getsignal(signal.SIGINT)
+        if handler is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+            self._previous = handler
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    @contextlib.contextmanager
+    def second_raises(self) -> Iterator[None]:
+        """The block may be left in its midst: it takes long, and whoever asks twice does not want to wait."""
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    def _note(self, *_: object) -> None:
+        self.count += 1
+        if self.count > 1 and self._raises:
+            # once: what has to be tidied up now is not to be torn by a third
+            self._raises = False
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _interrupt_waits() -> Iterator[None]:
     """Ctrl-C takes effect at the end of the block: half a step would leave sequences between two tokens."""
-    handler = signal.getsignal(signal.SIGINT)
-    # a handler that is not Python's own belongs to the host, and other threads are never interrupted
-    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    with _Interrupts() as interrupts:
         yield
-        return
-    caught = False
-
-    def note(*_: object) -> None:
-        nonlocal caught
-        caught = True
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if caught:
+    if interrupts.count:
         raise KeyboardInterrupt
-
-
-class AsyncLLM:
-    """LLM for asyncio: the engine runs in a thread of its own, every `generate` is an asynchronous iterator.
-
-    Takes the arguments of LLM. Close it with `shutdown()` or use it as a context manager.
-    """
-
-    def __init__(self, model: str | Path, **options: Any) -> None:
-        self._llm = LLM(model, **options)
-        self._lock = threading.Condition()
-        self._commands: list[tuple[Any, Future[Any]]] = []
-        self._listeners: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[RequestOutput | Exception]]] = {}
-        self._closed = False
-        self._thread = threading.Thread(target=self._loop, name="pyruntime-engine", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> AsyncLLM:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.shutdown()
-
-    def shutdown(self) -> None:
-        """Stop the engine's thread; requests that run end with an error."""
-        with self._lock:
-            self._closed = True
-            self._lock.notify()
-        self._thread.join()
-
-    async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> AsyncIterator[RequestOutput]:
-        """Complete one prompt; yields the output so far after every token. Leaving the loop early ends the request."""
-        llm, loop = self._llm, asyncio.get_running_loop()
-        params = sampling_params or llm.get_default_sampling_params()
-        # tokenising a long text must not stop the event loop
-        text, ids = await asyncio.to_thread(token_ids, prompt, llm._loaded.tokenizer)
-        queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-
-        request_id = llm._new_id()
-
-        def add() -> None:
-            llm.engine.add_request(request_id, ids, params, text)
-            self._listeners[request_id] = (loop, queue)
-
-        try:
-            await asyncio.wrap_future(self._submit(add))
-            while True:
-                output = await queue.get()
-                if isinstance(output, Exception):
-                    raise output
-                yield output
-                if output.finished:
-                    return
-        finally:
-            self._submit(lambda: self._forget(request_id))
-
-    def _forget(self, request_id: str) -> None:
-        self._listeners.pop(request_id, None)
-        self._llm.engine.abort(request_id)
-
-    def _submit(self, command: Any) -> Future[Any]:
-        """Have the engine's thread run `command` between two steps."""
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._closed or not self._thread.is_alive():
-                future.set_exception(RunError("CLOSED", "the engine is shut down; create another AsyncLLM"))
-            else:
-                self._commands.append((command, future))
-                self._lock.notify()
-        return future
-
-    def _loop(self) -> None:
-        failure: Exception = RunError("CLOSED", "the engine was shut down")
-        try:
-            while not self._closed:
-                with self._lock:
-                    while not (self._closed or self._commands or self._llm.engine.has_unfinished):
-                        self._lock.wait()
-                    commands, self._commands = self._commands, []
-                for command, future in commands:
-                    _settle(future, command)
-                for output in self._llm.engine.step():
-                    if not self._tell(output.request_id, output):
-                        self._forget(output.request_id)
-        except Exception as error:
-            # a broken step ends every request with its reason, then the thread
-            failure = error
-        with self._lock:
-            self._closed = True
-            commands, self._commands = self._commands, []
-        for _, future in commands:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(failure)
-        for request_id in list(self._listeners):
-            self._tell(request_id, failure)
-
-    def _tell(self, request_id: str, item: RequestOutput | Exception) -> bool:
-        """Whether somebody listens."""
-        loop, queue = self._listeners[request_id]
-        try:
-            loop.call_soon_threadsafe(queue.put_nowait, item)
-        except RuntimeError:
-            # the event loop was closed over an open request; the other requests have their own
-            return False
-        return True
 
 
 def _advance(bar: Any, done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
-
-
-def _settle(future: Future[Any], command: Any) -> None:
-    # whoever asked may be gone by now
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(command())
-    except Exception as error:
-        future.set_exception(error)

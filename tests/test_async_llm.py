@@ -250,3 +250,108 @@ def test_an_event_loop_closed_over_a_request_does_not_end_the_engine(
 
     assert [tokens(output) for output in run(work)] == expected
     assert settled(engine)
+
+
+class Panic(BaseException):
+    """What a Rust panic of the tokenizers library is to Python."""
+
+
+def test_a_panic_in_a_step_reaches_every_caller(text_model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AsyncLLM(text_model[0])
+    honest, calls = engine._llm.engine.step, 0
+
+    def step() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise Panic("index out of bounds")
+        return honest()
+
+    async def work() -> Any:
+        monkeypatch.setattr(engine._llm.engine, "step", step)
+        return await asyncio.gather(*(finish(engine.generate(each, LONG)) for each in PROMPTS), return_exceptions=True)
+
+    errors = run(work)
+    assert all(isinstance(error, RunError) and error.code in ("ENGINE", "CLOSED") for error in errors), errors
+    first = next(error for error in errors if error.code == "ENGINE")
+    assert "index out of bounds" in str(first)
+    assert isinstance(first.__cause__, Panic)
+    engine.shutdown()
+
+
+def test_a_panic_over_one_request_leaves_the_others(
+    engine: AsyncLLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = engine._llm.engine.add_request
+
+    def add(request_id: str, ids: Any, *rest: Any) -> None:
+        if list(ids) == [8, 8]:
+            raise Panic("bad id")
+        honest(request_id, ids, *rest)
+
+    async def work() -> Any:
+        monkeypatch.setattr(engine._llm.engine, "add_request", add)
+        with pytest.raises(RunError, match="bad id") as failure:
+            await finish(engine.generate([8, 8], GREEDY))
+        assert failure.value.code == "ENGINE"
+        return await finish(engine.generate(PROMPTS[1], GREEDY))
+
+    assert tokens(run(work)) == expected[1]
+    assert settled(engine)
+
+
+def test_it_is_the_twin_of_llm(engine: AsyncLLM, text_model: tuple[Path, Any]) -> None:
+    twin = LLM(text_model[0])
+    messages = [{"role": "user", "content": "the cat"}]
+
+    async def work() -> Any:
+        return await finish(engine.chat(messages, GREEDY))
+
+    assert run(work).outputs == twin.chat(messages, GREEDY, use_tqdm=False)[0].outputs
+    assert engine.model.spec == twin.model.spec
+    assert engine.plan.explain() == twin.plan.explain()
+    assert engine.get_default_sampling_params() == twin.get_default_sampling_params()
+    assert engine.get_tokenizer().encode("the cat") == twin.get_tokenizer().encode("the cat")
+    assert settled(engine)
+
+
+def test_closing_a_chat_early_ends_its_request(engine: AsyncLLM) -> None:
+    async def work() -> None:
+        outputs = engine.chat([{"role": "user", "content": "the cat"}], LONG)
+        await outputs.__anext__()
+        await outputs.aclose()  # type: ignore[attr-defined]
+
+    run(work)
+    assert settled(engine)
+
+
+def test_async_with_shuts_it_down_without_blocking_the_loop(
+    text_model: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> Any:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.005)
+
+        ticking = asyncio.create_task(tick())
+        async with AsyncLLM(text_model[0]) as opened:
+            output = await finish(opened.generate([5, 6], GREEDY))
+            honest = opened.shutdown
+
+            def slow_shutdown() -> None:
+                time.sleep(0.2)
+                honest()
+
+            monkeypatch.setattr(opened, "shutdown", slow_shutdown)
+            before = ticks
+        ticking.cancel()
+        assert ticks - before > 3
+        return opened, output
+
+    opened, output = run(work)
+    assert not opened._thread.is_alive()
+    assert output.finished

@@ -80,7 +80,7 @@ def test_a_cache_is_never_larger_than_all_sequences_at_once_could_fill(text_mode
 
 def test_the_cache_takes_a_share_of_the_memory_there_is(text_model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def has(num_bytes: int) -> None:
-        for module in ("load", "engine"):
+        for module in ("load", "memory"):
             monkeypatch.setattr(f"pyruntime.engine.{module}.available_memory", lambda: num_bytes)
 
     page = 16 * 2 * 8 * 2 * 4 * 4

@@ -15,6 +15,7 @@ from typing import Any
 
 from pyruntime import PyruntimeError
 from pyruntime.bench import Comparison, check_plan, compare_plans, decode_case, machine, prefill_case, read_bandwidth
+from pyruntime.checkpoint.atomic import write_text
 from pyruntime.engine.load import DropOptions, Loaded, load
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -91,7 +92,7 @@ def save(rows: list[dict[str, Any]]) -> None:
     about = {"commit": commit.stdout.strip(), "command": sys.argv, "time": now.isoformat(timespec="seconds")}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{now:%Y-%m-%d}-{about['commit'] or 'unknown'}-drops.json"
-    path.write_text(json.dumps({**about, "machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({**about, "machine": machine(), "rows": rows}, indent=1) + "\n")
     print(f"written to {path}")
 
 

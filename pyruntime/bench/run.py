@@ -14,7 +14,7 @@ import torch
 
 from pyruntime.bench.gate import GateResult, check_plan
 from pyruntime.bench.machine import machine
-from pyruntime.bench.timing import Samples, interleaved, read_bandwidth
+from pyruntime.bench.timing import Samples, interleaved, matmul_rate, read_bandwidth, wait_for
 from pyruntime.engine.load import EngineSizes, Loaded, make_engine
 from pyruntime.engine.params import SamplingParams
 from pyruntime.errors import UsageError
@@ -41,12 +41,14 @@ def bench_latency(
 ) -> dict[str, Any]:
     """Seconds from a batch of prompts to its last token, in vLLM's fields avg_latency, latencies, percentiles."""
     gate = check_plan(loaded.plan, loaded.model)
+    before = read_bandwidth(loaded.plan.device)
     latencies = [_generate(loaded, load, progress) for _ in range(num_iters_warmup + num_iters)][num_iters_warmup:]
     samples = Samples(tuple(latencies))
     return {
         "avg_latency": statistics.fmean(latencies),
         "latencies": latencies,
         "percentiles": {str(percent): samples.percentile(percent) for percent in PERCENTILES},
+        **_moved(loaded.plan, load, samples.median, before),
         **_about(loaded, gate, load),
     }
 
@@ -56,6 +58,7 @@ def bench_throughput(loaded: Loaded, load: RequestLoad, progress: Progress | Non
     gate = check_plan(loaded.plan, loaded.model)
     # one short round first: the first step of a process pays for thread pools and caches
     _generate(loaded, RequestLoad(num_prompts=1, input_len=load.input_len, output_len=1), None)
+    before = read_bandwidth(loaded.plan.device)
     elapsed = _generate(loaded, load, progress)
     tokens = load.num_prompts * (load.input_len + load.output_len)
     return {
@@ -65,6 +68,7 @@ def bench_throughput(loaded: Loaded, load: RequestLoad, progress: Progress | Non
         "requests_per_second": load.num_prompts / elapsed,
         "tokens_per_second": tokens / elapsed,
         "output_tokens_per_second": load.num_prompts * load.output_len / elapsed,
+        **_moved(loaded.plan, load, elapsed, before),
         **_about(loaded, gate, load),
     }
 
@@ -79,16 +83,20 @@ def bench_forward(
             raise UsageError("BENCH", f"{name} is {length}; the model holds 1 to {longest} tokens")
     gate = check_plan(loaded.plan, loaded.model)
     plan = loaded.plan
-    bandwidth = read_bandwidth()
+    bandwidth, rate = read_bandwidth(plan.device), matmul_rate(plan.dtype, plan.device)
     tests = [(f"pp{length}", [SequenceWork(0, length)]) for length in prompt_lengths]
     tests.append((f"tg1 b{batch} @ d{context}", [SequenceWork(context, 1)] * batch))
     runs = [step_runner(plan, work) for _, work in tests]
     timed = interleaved(runs, repeats)
-    about = {**_about(loaded, gate, None), "read_bandwidth_bytes_per_second": bandwidth}
+    # the same machine may be slower a minute later
+    bandwidth = (bandwidth + read_bandwidth(plan.device)) / 2
+    rate = max(rate, matmul_rate(plan.dtype, plan.device))
+    ceilings = {"read_bandwidth_bytes_per_second": bandwidth, "matmul_flops_per_second": rate}
+    about = {**_about(loaded, gate, None), **ceilings}
     return [
         {
             "test": name,
-            **_rates(samples, sum(each.length for each in work), plan.total_cost(work), bandwidth),
+            **_rates(samples, sum(each.length for each in work), plan.total_cost(work), bandwidth, rate),
             **about,
         }
         for (name, work), samples in zip(tests, timed, strict=True)
@@ -112,12 +120,25 @@ def step_runner(plan: Plan, work: Sequence[SequenceWork]) -> Callable[[], torch.
     def run() -> torch.Tensor:
         # making the step is part of every engine step, so it is timed too
         step: Step = make_step(slices, cache, plan.device)
-        return plan.run(step)
+        logits = plan.run(step)
+        wait_for(plan.device)
+        return logits
 
     return run
 
 
-def _rates(samples: Samples, num_tokens: int, cost: Cost, bandwidth: float) -> dict[str, Any]:
+def load_cost(plan: Plan, load: RequestLoad) -> Cost:
+    """What `load` must move and compute: all prompts in one step, then a step for each token after the first.
+
+    An engine that needs more steps than these moves more: this is what no engine can avoid.
+    """
+    works = [[SequenceWork(0, load.input_len)] * load.num_prompts]
+    # the last token is never fed back
+    works += [[SequenceWork(load.input_len + i, 1)] * load.num_prompts for i in range(load.output_len - 1)]
+    return sum((plan.total_cost(work) for work in works), Cost())
+
+
+def _rates(samples: Samples, num_tokens: int, cost: Cost, bandwidth: float, matmul: float) -> dict[str, Any]:
     per_second = [num_tokens / seconds for seconds in samples.seconds]
     return {
         "avg_ns": round(statistics.fmean(samples.seconds) * 1e9),
@@ -131,6 +152,18 @@ def _rates(samples: Samples, num_tokens: int, cost: Cost, bandwidth: float) -> d
         "bytes": cost.num_bytes,
         "flops": cost.flops,
         "fraction_of_read_bandwidth": cost.num_bytes / samples.median / bandwidth,
+        "fraction_of_matmul_rate": cost.flops / samples.median / matmul,
+    }
+
+
+def _moved(plan: Plan, load: RequestLoad, seconds: float, bandwidth_before: float) -> dict[str, Any]:
+    """Bytes and operations of the load that took `seconds`, beside the bandwidth measured before and now."""
+    cost, bandwidth = load_cost(plan, load), (bandwidth_before + read_bandwidth(plan.device)) / 2
+    return {
+        "bytes": cost.num_bytes,
+        "flops": cost.flops,
+        "read_bandwidth_bytes_per_second": bandwidth,
+        "fraction_of_read_bandwidth": cost.num_bytes / seconds / bandwidth,
     }
 
 
@@ -173,6 +206,8 @@ def _about(loaded: Loaded, gate: GateResult, load: RequestLoad | None) -> dict[s
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "gate_nmse": gate.nmse,
         "gate_limit": gate.limit,
+        "gate_oracle": gate.oracle,
+        "device": str(plan.device),
         "test_time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         **sizes,

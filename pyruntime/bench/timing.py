@@ -10,7 +10,10 @@ from typing import Final
 
 import torch
 
+_CPU: Final = torch.device("cpu")
 _BANDWIDTH_BYTES: Final = 1 << 28
+# rows and columns: large enough for the best rate, small enough for half precision on a CPU, which can be very slow
+_MATMUL_SIDE: Final = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,28 @@ def interleaved(runs: Sequence[Callable[[], object]], repeats: int, warmup: int 
     return tuple(Samples(tuple(own)) for own in seconds)
 
 
-def read_bandwidth(repeats: int = 5) -> float:
-    """Bytes per second at which this machine's memory can be read, best of `repeats` sums over 256 MiB."""
-    data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32)
-    return _BANDWIDTH_BYTES / min(interleaved([data.sum], repeats)[0].seconds)
+def read_bandwidth(device: torch.device = _CPU, repeats: int = 5) -> float:
+    """Bytes per second at which the device's memory can be read, best of `repeats` sums over 256 MiB."""
+    data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    return _BANDWIDTH_BYTES / _best(data.sum, device, repeats)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device = _CPU, repeats: int = 20) -> float:
+    """Floating-point operations per second that torch's matrix product reaches in `dtype`, best of `repeats`."""
+    side = _MATMUL_SIDE.get(device.type, _MATMUL_SIDE["cpu"])
+    data = torch.ones((side, side), dtype=dtype, device=device)
+    return 2 * side**3 / _best(lambda: data @ data, device, repeats)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was given; a clock read earlier would not see that work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _best(compute: Callable[[], object], device: torch.device, repeats: int) -> float:
+    def run() -> None:
+        compute()
+        wait_for(device)
+
+    return min(interleaved([run], repeats)[0].seconds)

@@ -12,7 +12,7 @@ from pyruntime.errors import RunError
 def write_text(path: Path, text: str) -> None:
     """Write `text` as the file `path`, whole or not at all. Raises RunError IO."""
     # a rename would put a file in the place of a link, a device or a pipe
-    target = path.resolve()
+    target = _resolved(path)
     temporary = _beside(target)
     try:
         _check_regular(target)
@@ -29,13 +29,19 @@ def write_text(path: Path, text: str) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise RunError IO unless `write_text` could begin: for work whose result must not be lost at its end."""
-    temporary = _beside(path.resolve())
+    target = _resolved(path)
+    temporary = _beside(target)
     try:
-        _check_regular(path.resolve())
+        _check_regular(target)
         temporary.touch()
         temporary.unlink()
     except OSError as error:
         raise RunError("IO", f"cannot write {path}: {error.strerror}") from None
+
+
+def _resolved(path: Path) -> Path:
+    # unlike Path.resolve, this raises nothing for a link to itself
+    return Path(os.path.realpath(path))
 
 
 def _beside(target: Path) -> Path:

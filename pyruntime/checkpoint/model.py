@@ -13,7 +13,7 @@ from pyruntime.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """What one pass saved: weights and their bytes as stored, cached keys and values per token; what it could not do."""
+    """What one pass saved (weights, their bytes as stored, cached values per token) and what it could not do."""
 
     name: str
     removed: tuple[str, ...]

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pyruntime.bench import RequestLoad, bench_forward, bench_latency, bench_throughput
+from pyruntime.bench import GateResult, RequestLoad, bench_forward, bench_latency, bench_throughput
+from pyruntime.checkpoint.atomic import check_writable, write_text
 from pyruntime.cli import options as o
-from pyruntime.engine.load import Loaded, load
-from pyruntime.errors import RunError
+from pyruntime.engine.load import load
 
 bench_app = typer.Typer(
-    name="bench", help="Measure speed; results are checked against float64 first.", no_args_is_help=True
+    name="bench", help="Measure speed; results are checked against the reference first.", no_args_is_help=True
 )
 
 InputLen = Annotated[int, typer.Option("--input-len", help="Tokens per prompt.", min=1)]
@@ -42,11 +43,14 @@ def latency(
     drop_plan: o.DropPlanFile = None,
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
+    device: o.Device = "cpu",
     as_json: o.Json = False,
     output_json: OutputJson = None,
 ) -> None:
     """Seconds from a batch of prompts to its last token."""
-    loaded = _load(model, drop_attn, drop_mlp, drop_block, drop_plan, dtype, target)
+    _check_output(output_json)
+    drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
+    loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
     requests = RequestLoad(num_prompts=batch_size, input_len=input_len, output_len=output_len)
     with _bar((num_iters + num_iters_warmup) * batch_size, as_json) as bar:
         result = bench_latency(loaded, requests, num_iters, num_iters_warmup, bar.update)
@@ -58,6 +62,7 @@ def latency(
                 f"{percent}% percentile latency: {value:.4f} seconds"
                 for percent, value in result["percentiles"].items()
             ),
+            _moved(result),
         ]
     )
     _report(result, text, as_json, output_json)
@@ -75,17 +80,21 @@ def throughput(
     drop_plan: o.DropPlanFile = None,
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
+    device: o.Device = "cpu",
     as_json: o.Json = False,
     output_json: OutputJson = None,
 ) -> None:
     """Requests and tokens per second with all prompts queued at once."""
-    loaded = _load(model, drop_attn, drop_mlp, drop_block, drop_plan, dtype, target)
+    _check_output(output_json)
+    drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
+    loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
     requests = RequestLoad(num_prompts=num_prompts, input_len=input_len, output_len=output_len)
     with _bar(num_prompts, as_json) as bar:
         result = bench_throughput(loaded, requests, bar.update)
     text = (
         f"{_gate(result)}\nThroughput: {result['requests_per_second']:.2f} requests/s, "
-        f"{result['tokens_per_second']:.2f} total tokens/s, {result['output_tokens_per_second']:.2f} output tokens/s"
+        f"{result['tokens_per_second']:.2f} total tokens/s, {result['output_tokens_per_second']:.2f} output tokens/s\n"
+        f"{_moved(result)}"
     )
     _report(result, text, as_json, output_json)
 
@@ -107,11 +116,14 @@ def forward(
     drop_plan: o.DropPlanFile = None,
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
+    device: o.Device = "cpu",
     as_json: o.Json = False,
     output_json: OutputJson = None,
 ) -> None:
     """Tokens per second of bare steps: prefill (pp) and decode (tg), beside the bytes they must move."""
-    loaded = _load(model, drop_attn, drop_mlp, drop_block, drop_plan, dtype, target)
+    _check_output(output_json)
+    drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
+    loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
     results = bench_forward(loaded, prompt_len or [128], batch_size, context, repeats)
     if not as_json:
         Console().print(_forward_table(results))
@@ -119,9 +131,17 @@ def forward(
 
 
 def _forward_table(results: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{results[0]['model_type']} {results[0]['dtype']} on {results[0]['target']}")
-    for column in ("test", "t/s", "p20-p80", "MB moved", "MFLOP", "of read bandwidth"):
-        table.add_column(column, justify="left" if column == "test" else "right")
+    first = results[0]
+    table = Table(
+        title=f"{first['model_type']} {first['dtype']} on {first['target']}, {first['device']}",
+        caption=f"read bandwidth {first['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"matmul rate {first['matmul_flops_per_second'] / 1e9:.1f} GFLOP/s",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("test", "t/s", "p20-p80", "MB", "MFLOP", "of read", "of matmul"):
+        # a figure is never cut, whatever the width
+        table.add_column(column, justify="left" if column == "test" else "right", overflow="fold")
     for result in results:
         table.add_row(
             result["test"],
@@ -130,15 +150,9 @@ def _forward_table(results: list[dict[str, Any]]) -> Table:
             f"{result['bytes'] / 1e6:.2f}",
             f"{result['flops'] / 1e6:.1f}",
             f"{result['fraction_of_read_bandwidth']:.1%}",
+            f"{result['fraction_of_matmul_rate']:.1%}",
         )
     return table
-
-
-def _load(
-    model: str, attn: str | None, mlp: str | None, block: str | None, plan: Path | None, dtype: str, target: str
-) -> Loaded:
-    drops = o.drop_options(attn, mlp, block, plan)
-    return load(model, drops=drops, dtype=dtype, target=target, skip_tokenizer_init=True)
 
 
 def _bar(total: int, as_json: bool) -> Any:
@@ -146,15 +160,24 @@ def _bar(total: int, as_json: bool) -> Any:
 
 
 def _gate(result: dict[str, Any]) -> str:
-    if result["gate_nmse"] is None:
-        return "gate: not run, the float64 model does not fit in memory"
-    return f"gate: NMSE {result['gate_nmse']:.1e} against float64 (limit {result['gate_limit']:.0e})"
+    return GateResult(result["gate_nmse"], result["gate_limit"], result["gate_oracle"]).line()
+
+
+def _moved(result: dict[str, Any]) -> str:
+    return (
+        f"Must move {result['bytes'] / 1e6:.2f} MB and compute {result['flops'] / 1e6:.1f} MFLOP: "
+        f"{result['fraction_of_read_bandwidth']:.1%} of the read bandwidth, "
+        f"{result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
+    )
+
+
+def _check_output(path: Path | None) -> None:
+    """Raise RunError IO now rather than after minutes of measuring."""
+    if path is not None:
+        check_writable(path)
 
 
 def _report(result: Any, text: str, as_json: bool, path: Path | None) -> None:
     print(json.dumps(result) if as_json else text)
     if path is not None:
-        try:
-            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RunError("IO", f"cannot write {path}: {error.strerror}") from None
+        write_text(path, json.dumps(result, indent=2) + "\n")

@@ -22,6 +22,7 @@ def chat(
     drop_plan: o.DropPlanFile = None,
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
+    device: o.Device = "cpu",
     max_model_len: o.MaxModelLen = None,
     revision: o.Revision = None,
 ) -> None:
@@ -34,15 +35,18 @@ def chat(
         drop_plan=drop_plan,
         dtype=dtype,
         target=target,
+        device=device,
         max_model_len=max_model_len,
         revision=revision,
         max_num_seqs=1,
     )
     if not llm.get_tokenizer().has_chat_template:
         raise UsageError("CHAT", f"{model} has no chat template; use `pyruntime generate`, or a model made for chat")
-    params = o.sampling_params(llm, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    # an answer may be as long as the context allows, unless its length was said
-    params = dataclasses.replace(params, max_tokens=max_tokens)
+    said = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "max_tokens": max_tokens}
+    params = o.sampling_params(llm, **said)
+    if max_tokens is None:
+        # an answer may be as long as the context allows
+        params = dataclasses.replace(params, max_tokens=None)
     messages: list[dict[str, str]] = []
     while (line := _read()) is not None:
         if line == "/reset":

@@ -36,6 +36,7 @@ def generate(
     drop_plan: o.DropPlanFile = None,
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
+    device: o.Device = "cpu",
     max_model_len: o.MaxModelLen = None,
     revision: o.Revision = None,
     as_json: o.Json = False,
@@ -52,6 +53,7 @@ def generate(
         drop_plan=drop_plan,
         dtype=dtype,
         target=target,
+        device=device,
         max_model_len=max_model_len,
         revision=revision,
     )

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     try:
-        logging.basicConfig(level=env.logging_level(), format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(level=env.logging_level() or "WARNING", format="%(levelname)s %(name)s: %(message)s")
         # HTTP libraries chat at info level; the level asked for is about us
         logging.getLogger("httpx").setLevel(logging.WARNING)
         result = app(arguments, standalone_mode=False)

@@ -23,6 +23,7 @@ DropPlanFile = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 Target = Annotated[str, typer.Option("--target", help="auto or reference.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, or one card of several: cuda:1.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 MaxModelLen = Annotated[
@@ -45,4 +46,8 @@ def drop_options(attn: str | None, mlp: str | None, block: str | None, plan: Pat
 def sampling_params(llm: LLM, **said: Any) -> SamplingParams:
     """The model's own defaults with what was said on the command line in their place; None says nothing."""
     default = llm.get_default_sampling_params()
-    return dataclasses.replace(default, **{name: value for name, value in said.items() if value is not None})
+    values = {name: value for name, value in said.items() if value is not None}
+    if "max_tokens" in values:
+        # the author's least length gives way to what the user said
+        values["min_tokens"] = min(default.min_tokens, values["max_tokens"])
+    return dataclasses.replace(default, **values)

@@ -21,7 +21,7 @@ from pyruntime.engine.request import (
 )
 from pyruntime.engine.schedule import Chunk, Scheduler, SchedulerConfig
 from pyruntime.engine.tokenizer import Tokenizer
-from pyruntime.errors import RunError, UsageError
+from pyruntime.errors import UsageError
 from pyruntime.ops import sample
 from pyruntime.ops.step import SequenceSlice, make_step
 from pyruntime.plan import Plan
@@ -81,7 +81,11 @@ class Engine:
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None
     ) -> None:
-        """Queue a request. Raises UsageError PROMPT or PARAMS for what can never run, before anything is queued."""
+        """Queue a request. Raises UsageError PROMPT or PARAMS for what can never run, before anything is queued.
+
+        That is a prompt that leaves no room for a token, or more pages than the whole cache has. `max_tokens` beyond
+        the context is no error: the sequence ends there, its finish_reason being "length".
+        """
         if request_id in self._requests:
             raise UsageError("PROMPT", f"request id {request_id!r} is in use; choose another")
         ids = self._checked_prompt(prompt_token_ids)
@@ -157,13 +161,13 @@ class Engine:
 
     def _max_tokens(self, prompt_length: int, params: SamplingParams) -> int:
         room = self.config.max_model_len - prompt_length
-        wanted = room if params.max_tokens is None else params.max_tokens
-        if room < 1 or wanted > room:
+        if room < 1:
             raise UsageError(
                 "PROMPT",
-                f"the prompt has {prompt_length} tokens and max_tokens is {max(wanted, 1)}; the context holds "
-                f"{self.config.max_model_len}: shorten the prompt, lower max_tokens, or raise max_model_len",
+                f"the prompt has {prompt_length} tokens; the context holds {self.config.max_model_len}, so a prompt "
+                f"may have at most {self.config.max_model_len - 1}: shorten it, or raise max_model_len",
             )
+        wanted = room if params.max_tokens is None else min(params.max_tokens, room)
         # the last token is never fed back, so it needs no place
         needed = self._allocator.pages_for(prompt_length + wanted - 1)
         if needed > self.config.num_pages:
@@ -314,22 +318,3 @@ def _slice(chunk: Chunk[RunningSequence]) -> SequenceSlice:
         stop = min(end, len(sequence.prompt_token_ids) - 1)
         wanted = [*range(first - chunk.start, stop - chunk.start), *wanted]
     return SequenceSlice(sequence.tokens(chunk.start, end), chunk.start, tuple(sequence.pages), wanted)
-
-
-def check_memory(num_bytes: int, what: str) -> None:
-    """Raise RunError MEMORY unless the machine has `num_bytes` to spare for `what`."""
-    available = available_memory()
-    if available is not None and num_bytes > available:
-        raise RunError("MEMORY", f"{what} needs {num_bytes / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are available")
-
-
-def available_memory() -> int | None:
-    """Bytes that this machine can give without swapping, or None where it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None

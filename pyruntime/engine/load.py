@@ -11,8 +11,9 @@ from typing import Any, Final
 from pyruntime import env
 from pyruntime.checkpoint import Model, read_model, resolve_model
 from pyruntime.checkpoint.strict_json import read_object
-from pyruntime.engine.engine import Engine, EngineConfig, available_memory, check_memory
-from pyruntime.engine.params import eos_token_ids
+from pyruntime.engine.engine import Engine, EngineConfig
+from pyruntime.engine.memory import available_memory, check_memory
+from pyruntime.engine.params import INT64_MAX, eos_token_ids, unused_settings
 from pyruntime.engine.schedule import SchedulerConfig
 from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.errors import RunError, UsageError
@@ -28,6 +29,13 @@ _CACHE_SHARE: Final = 0.4
 _LOGGER: Final = logging.getLogger("pyruntime")
 
 
+def _check_int(name: str, value: object, low: int, *, or_none: bool = False) -> None:
+    if value is None and or_none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= INT64_MAX:
+        raise UsageError("CONFIG", f"{name} is {value!r}; expected an integer from {low} to {INT64_MAX}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropOptions:
     """What to leave out, in every way a user can say it (see passes.make_drop_plan)."""
@@ -35,7 +43,7 @@ class DropOptions:
     drop_attn: Layers | None = None
     drop_mlp: Layers | None = None
     drop_block: Layers | None = None
-    drop_plan: DropPlan | str | Path | None = None
+    drop_plan: DropPlan | Mapping[str, Any] | str | Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +55,13 @@ class EngineSizes:
     max_num_batched_tokens: int = 2048
     kv_cache_memory_bytes: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        # raises for what it refuses
+        SchedulerConfig(self.max_num_seqs, self.max_num_batched_tokens)
+        _check_int("max_model_len", self.max_model_len, 1, or_none=True)
+        _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, or_none=True)
+        _check_int("seed", self.seed, -INT64_MAX - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +77,9 @@ class Loaded:
 
 def read_pruned(name: str | Path, drops: DropOptions, revision: str | None = None) -> Model:
     """The model called `name` without what it declares as dropped and without what `drops` names; no byte is read."""
-    _LOGGER.setLevel(env.logging_level())
+    # the level is the host's own, unless the environment says otherwise
+    if (level := env.logging_level()) is not None:
+        _LOGGER.setLevel(level)
     model = read_model(resolve_model(name, revision))
     plan = make_drop_plan(
         model.spec,
@@ -92,13 +109,16 @@ def load(
     `target` "auto" is the best that runs whole plans here. `progress` is called with (bytes read, bytes in all).
     Raises the errors of each stage, and RunError MEMORY before weights that do not fit are read.
     """
+    _check_names(name, dtype=dtype, target=target, device=device)
     model = read_pruned(name, drops, revision)
     assert model.path is not None
     tokenizer = None if skip_tokenizer_init else Tokenizer(model.path)
     if tokenizer is not None:
         tokenizer.check_vocab(model.spec.vocab_size)
-    generation_config = _generation_config(model.path)
+    generation_config = _generation_config(model.path, name, with_text=tokenizer is not None)
     eos = eos_token_ids(generation_config, model.config)
+    if not eos and tokenizer is not None and tokenizer.eos_id is not None:
+        eos = (tokenizer.eos_id,)
     for token_id in eos:
         if token_id >= model.spec.vocab_size:
             raise UsageError("CONFIG", f"eos_token_id is {token_id}; the model has {model.spec.vocab_size} tokens")
@@ -175,6 +195,25 @@ def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
     return pages
 
 
-def _generation_config(folder: Path) -> Mapping[str, Any]:
+def _generation_config(folder: Path, name: object, *, with_text: bool) -> Mapping[str, Any]:
+    """What the author recommends and can be done; the rest is said."""
     path = folder / "generation_config.json"
-    return read_object(path, "CONFIG") if path.exists() else {}
+    config = read_object(path, "CONFIG") if path.exists() else {}
+    unused = unused_settings(config)
+    if not with_text and config.get("stop_strings"):
+        # found in the text, which there is none of
+        unused += ("stop_strings (it needs the tokenizer)",)
+        config = {**config, "stop_strings": None}
+    if unused:
+        _LOGGER.warning("%s: generation_config.json has settings that are not used: %s", name, ", ".join(unused)[:1000])
+    return config
+
+
+def _check_names(name: object, **texts: object) -> None:
+    if not isinstance(name, str | Path):
+        raise UsageError("MODEL", f"model is {name!r}; expected a folder or a Hub id")
+    for what, value in texts.items():
+        if not isinstance(value, str):
+            raise UsageError("CONFIG", f"{what} is {value!r}; expected text")
+    if str(texts["device"]).partition(":")[0] == "meta":
+        raise UsageError("DEVICE", f"device {texts['device']!r} holds no values; expected cpu, or cuda")

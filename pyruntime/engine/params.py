@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Final
 
 from pyruntime.errors import UsageError
 
 INT32_MAX: Final = 2**31 - 1
+INT64_MAX: Final = 2**63 - 1
 MAX_N: Final = 16
 MAX_STOPS: Final = 16
 MAX_STOP_CHARS: Final = 128
@@ -22,7 +23,7 @@ MAX_TOKEN_IDS: Final = 1024
 _INT_BOUNDS: Final = {
     "n": (1, MAX_N),
     "top_k": (-1, INT32_MAX),
-    "seed": (-(2**63), 2**63 - 1),
+    "seed": (-INT64_MAX - 1, INT64_MAX),
     "max_tokens": (1, INT32_MAX),
     "min_tokens": (0, INT32_MAX),
     "logprobs": (0, MAX_LOGPROBS),
@@ -40,7 +41,24 @@ _FLOAT_BOUNDS: Final = {
     "min_p": (0.0, 1.0, False),
 }
 _BOOLS: Final = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
-_FROM_GENERATION_CONFIG: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# key of generation_config.json -> field
+_FROM_GENERATION_CONFIG: Final = {
+    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+}
+# keys that are used elsewhere, or that change no token here
+_QUIET_SETTINGS: Final = frozenset(
+    "_from_model_config transformers_version do_sample bos_token_id eos_token_id pad_token_id decoder_start_token_id "
+    "max_length use_cache cache_implementation cache_config return_legacy_cache output_scores output_logits "
+    "output_attentions output_hidden_states return_dict_in_generate".split()
+)
+# keys whose neutral value is one; every other one's is nothing: 0, false or empty
+_ONE_IS_NEUTRAL: Final = frozenset(
+    "num_beams num_beam_groups num_return_sequences length_penalty typical_p encoder_repetition_penalty "
+    "guidance_scale".split()
+)
 
 _LOGGER: Final = logging.getLogger("pyruntime")
 
@@ -124,7 +142,8 @@ def _warn_alias_once() -> None:
 class SamplingParams:
     """How to sample one request, with vLLM's names and defaults. Every value is checked; `UsageError("PARAMS")` if bad.
 
-    `temperature=0` is greedy. `top_k` 0 and -1 are off. `max_tokens=None` means as many as the context holds.
+    `temperature=0` is greedy. `top_k` 0 and -1 are off. `max_tokens=None` means as many as the context holds; a larger
+    number means no more than that either.
     `stop` and `stop_token_ids` are tuples once constructed, whatever was given; `logit_bias` is read-only.
     """
 
@@ -239,19 +258,35 @@ class SamplingParams:
     def defaults_from(cls, generation_config: Mapping[str, Any], **overrides: Any) -> SamplingParams:
         """The params that a model's generation_config.json recommends; `overrides` (as for `create`) win over it.
 
-        `do_sample: false` means greedy, whatever temperature stands beside it. Keys that are null or not about
-        sampling are left alone. Raises UsageError for a value out of bounds, naming it.
+        `do_sample: false` means greedy, whatever temperature stands beside it. `min_new_tokens` gives way to a smaller
+        `max_tokens`. Null keys are left alone, `unused_settings` names the rest. Raises UsageError for a value out of
+        bounds, naming it.
         """
         values = {
-            name: generation_config[name] for name in _FROM_GENERATION_CONFIG if generation_config.get(name) is not None
+            field: generation_config[name]
+            for name, field in _FROM_GENERATION_CONFIG.items()
+            if generation_config.get(name) is not None
         }
         if generation_config.get("do_sample") is False:
             values["temperature"] = 0.0
-        if generation_config.get("max_new_tokens") is not None:
-            values["max_tokens"] = generation_config["max_new_tokens"]
         if "max_new_tokens" in overrides:
             values.pop("max_tokens", None)
-        return cls.create(**{**values, **overrides})
+        least = None if "min_tokens" in overrides else values.pop("min_tokens", None)
+        found = cls.create(**{**values, **overrides})
+        if isinstance(least, int) and not isinstance(least, bool) and found.max_tokens is not None:
+            least = min(least, found.max_tokens)
+        return found if least is None else replace(found, min_tokens=least)
+
+
+def unused_settings(generation_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of a generation_config.json that would change the tokens and are not obeyed, as `key=value`."""
+    unused = []
+    for name, value in generation_config.items():
+        known = name in _FROM_GENERATION_CONFIG or name in _QUIET_SETTINGS
+        if value and not known and not (name in _ONE_IS_NEUTRAL and value == 1):
+            # as Python writes it, without the quotes: a file may hold anything
+            unused.append(f"{_short(name)[1:-1]}={_short(value)}")
+    return tuple(unused)
 
 
 def eos_token_ids(generation_config: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -88,7 +88,8 @@ def _finalise(bits: int) -> int:
 def uniform(seed: int, step: int) -> float:
     """The random number in [0, 1) of output position `step`: the upper 53 bits of `mix64(seed, step)`.
 
-    Nothing else enters, so preemption, batch composition and the order of rows cannot change a text.
+    Nothing else enters: preemption, batch composition and the order of rows cannot change the number. They can change
+    the last bits of the logits that it meets, and so, rarely, the choice.
     """
     return (mix64(seed, step) >> 11) * 2.0**-53
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from pyruntime.bench import (
     bench_throughput,
     check_plan,
     interleaved,
+    matmul_rate,
     nmse_of,
     read_bandwidth,
     run,
@@ -60,7 +62,6 @@ def loaded_with(folder: Path, plan: Plan) -> Loaded:
 def test_an_honest_plan_passes_with_its_distance_from_transformers(make_llama: MakeLlama, dtype: str) -> None:
     folder, hf_model = make_llama()
     result = check_plan(make_plan(folder, PATTERN, dtype), pruned_model(folder, PATTERN))
-    assert result.nmse is not None
     assert result.nmse <= result.limit == LIMITS[getattr(torch, dtype)]
     # the same figure from transformers in float64, over the tokens that the gate runs
     (found,) = all_logits(make_plan(folder, PATTERN, dtype), [GATE_TOKENS], 32)
@@ -99,14 +100,39 @@ def test_nan_and_another_drop_pattern_fail_the_gate(make_llama: MakeLlama) -> No
             check_plan(wrong, model)
 
 
-def test_a_model_too_large_for_float64_is_said_to_be_unchecked(
-    make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("dtype", "bytes_per_weight", "oracle"),
+    [
+        ("float32", 16, "float64"),
+        ("float32", 15, None),
+        ("bfloat16", 16, "float64"),
+        ("bfloat16", 15, "float32"),
+        ("float16", 8, "float32"),
+        ("bfloat16", 7, None),
+    ],
+)
+def test_the_check_takes_the_best_reference_that_fits_or_none_is_made(
+    make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch, dtype: str, bytes_per_weight: int, oracle: str | None
 ) -> None:
     folder, _ = make_llama()
-    monkeypatch.setattr("pyruntime.bench.gate.available_memory", lambda: 1000)
-    result = check_plan(make_plan(folder, PATTERN), pruned_model(folder, PATTERN))
-    assert result.nmse is None
-    assert result.line().startswith("gate: not run")
+    plan, model = make_plan(folder, PATTERN, dtype), pruned_model(folder, PATTERN)
+    num_weights = sum(math.prod(weight.shape) for weight in model.weights.values())
+    monkeypatch.setattr("pyruntime.bench.gate.available_memory", lambda: num_weights * bytes_per_weight)
+    if oracle is not None:
+        result = check_plan(plan, model)
+        assert result.line() == f"gate: NMSE {result.nmse:.1e} against {oracle} (limit {LIMITS[plan.dtype]:.0e})"
+        with pytest.raises(RunError, match=f"NMSE of .* against {oracle}"):
+            check_plan(spoil(plan, -1, 1.1), model)
+    else:
+        with pytest.raises(RunError, match=r"needs .* GiB.* no time is printed without") as refusal:
+            check_plan(plan, model)
+        assert (refusal.value.code, refusal.value.exit_code) == ("MEMORY", 7)
+
+
+def test_logits_of_two_devices_are_compared() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found, expected = torch.ones(3, device=device), torch.full((3,), 2.0)
+    assert nmse_of(found, expected) == nmse_of(found.cpu(), expected.to(device)) == 0.25
 
 
 def test_nothing_is_timed_behind_a_red_gate(make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +143,7 @@ def test_nothing_is_timed_behind_a_red_gate(make_llama: MakeLlama, monkeypatch: 
         raise AssertionError("something was timed")
 
     monkeypatch.setattr(run, "interleaved", forbidden)
+    monkeypatch.setattr(run, "read_bandwidth", forbidden)
     monkeypatch.setattr(run, "_generate", forbidden)
     load = RequestLoad(num_prompts=1, input_len=2, output_len=2)
     for measure in (
@@ -178,3 +205,4 @@ def test_the_ceiling_is_bytes_over_the_fastest_sum(monkeypatch: pytest.MonkeyPat
     times = Samples((0.5, 0.25, 1.0))
     monkeypatch.setattr(timing, "interleaved", lambda runs, repeats: (times,))
     assert read_bandwidth() == (1 << 20) / 0.25
+    assert matmul_rate(torch.float32) == 2 * timing._MATMUL_SIDE["cpu"] ** 3 / 0.25

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ import pyruntime
 from pyruntime import DropPlan, env
 from pyruntime.bench import timing
 from pyruntime.cli.main import run
+from pyruntime.graph import SequenceWork
 from pyruntime.passes.drop import save_drop_plan
 from tests.generation import byte_level_bpe, greedy
-from tests.helpers import without
+from tests.helpers import make_plan, without
 
 TextModel = tuple[Path, Any]
 Capture = pytest.CaptureFixture[str]
@@ -157,6 +159,25 @@ def test_inspect_shows_what_is_gone(capsys: Capture, text_model: TextModel) -> N
     assert "(50.0% saved)" in out
 
 
+def test_inspect_reports_what_each_pass_did(capsys: Capture, text_model: TextModel, tmp_path: Path) -> None:
+    folder = shutil.copytree(text_model[0], tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    # as LLM-Drop writes it: the second attention is gone before any pass
+    (folder / "config.json").write_text(json.dumps({**config, "drop_attn_list": [2]}))
+    command = ["inspect", folder, "--drop-attn", "2,3", "--drop-mlp", "0", "--dtype", "bfloat16"]
+    (report,) = json.loads(succeed(capsys, *command, "--json"))["reports"]
+    sizes = stored_sizes(folder)
+    gone = ("layers.3.self_attn", "layers.3.input_layernorm", "layers.0.mlp", "layers.0.post_attention_layernorm")
+    num_weights = sum(size for name, size in sizes.items() if any(part in name for part in gone))
+    assert (report["name"], report["removed"]) == ("drop (asked for)", ["attention 3", "mlp 0"])
+    assert (report["num_weights"], report["weight_bytes"]) == (num_weights, 2 * num_weights)
+    assert (report["kv_bytes_per_token"], report["notes"]) == (64, ["attention 2 was gone already"])
+    (line,) = (line for line in succeed(capsys, *command).splitlines() if line.startswith("pass "))
+    assert "drop (asked for) removed attention 3, mlp 0; saved " in line
+    assert line.endswith("64 B of KV cache per token; attention 2 was gone already")
+    assert json.loads(succeed(capsys, "inspect", folder, "--json"))["reports"] == []
+
+
 # bench
 
 
@@ -168,7 +189,8 @@ def small_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SHARED_FIELDS = (
     "model_filename model_type model_size dtype target n_layer drop_attn_list drop_mlp_list plan_steps "
-    "kv_bytes_per_token gate_nmse gate_limit test_time command cpu_info gpu_info num_cores torch python pyruntime"
+    "kv_bytes_per_token gate_nmse gate_limit gate_oracle device test_time command "
+    "cpu_info gpu_info num_cores torch python pyruntime"
 ).split()
 
 
@@ -179,6 +201,18 @@ def check_shared(found: dict[str, Any], folder: Path) -> None:
     assert 0 <= found["gate_nmse"] <= found["gate_limit"]
 
 
+def check_moved(found: dict[str, Any], folder: Path, seconds: float, num_prompts: int) -> None:
+    """The whole load of prompts of four tokens, three new tokens each: the prompts, then two decode steps."""
+    plan = make_plan(folder, DropPlan(attention=(1,)))
+    costs = [plan.total_cost([SequenceWork(0, 4)] * num_prompts)]
+    costs += [plan.decode_cost(num_prompts, context) for context in (4, 5)]
+    assert found["bytes"] == sum(cost.num_bytes for cost in costs)
+    assert found["flops"] == sum(cost.flops for cost in costs)
+    bandwidth = found["read_bandwidth_bytes_per_second"]
+    assert found["fraction_of_read_bandwidth"] == pytest.approx(found["bytes"] / seconds / bandwidth)
+
+
+@pytest.mark.usefixtures("small_ceiling")
 def test_bench_latency(capsys: Capture, text_model: TextModel, tmp_path: Path) -> None:
     sizes = ["--input-len", 4, "--output-len", 3, "--batch-size", 2, "--num-iters", 3, "--num-iters-warmup", 1]
     command = ["bench", "latency", text_model[0], *sizes, "--drop-attn", "1", "--output-json", tmp_path / "out.json"]
@@ -190,11 +224,14 @@ def test_bench_latency(capsys: Capture, text_model: TextModel, tmp_path: Path) -
     assert list(found["percentiles"]) == ["10", "25", "50", "75", "90", "99"]
     assert found["percentiles"]["50"] == sorted(found["latencies"])[1]
     assert (found["input_len"], found["output_len"]) == (4, 3)
+    check_moved(found, text_model[0], found["percentiles"]["50"], 2)
     text = succeed(capsys, *command)
     assert text.startswith("gate: NMSE ")
     assert "Avg latency: " in text
+    assert f"Must move {found['bytes'] / 1e6:.2f} MB and compute {found['flops'] / 1e6:.1f} MFLOP: " in text
 
 
+@pytest.mark.usefixtures("small_ceiling")
 def test_bench_throughput(capsys: Capture, text_model: TextModel) -> None:
     sizes = ["--input-len", 4, "--output-len", 3, "--num-prompts", 5]
     command = ["bench", "throughput", text_model[0], *sizes, "--drop-attn", "1"]
@@ -204,10 +241,12 @@ def test_bench_throughput(capsys: Capture, text_model: TextModel) -> None:
     assert found["requests_per_second"] == pytest.approx(5 / found["elapsed_time"])
     assert found["tokens_per_second"] == pytest.approx(35 / found["elapsed_time"])
     assert found["output_tokens_per_second"] == pytest.approx(15 / found["elapsed_time"])
-    gate, line = succeed(capsys, *command).splitlines()
+    check_moved(found, text_model[0], found["elapsed_time"], 5)
+    gate, line, moved = succeed(capsys, *command).splitlines()
     assert gate.startswith("gate: NMSE ")
     assert line.startswith("Throughput: ")
     assert line.endswith(" output tokens/s")
+    assert moved.startswith("Must move ")
 
 
 @pytest.mark.usefixtures("small_ceiling")
@@ -225,8 +264,16 @@ def test_bench_forward(capsys: Capture, text_model: TextModel) -> None:
         # every weight but the embedding is read at least once
         weights = sum(stored_sizes(text_model[0]).values()) * 4
         assert found["bytes"] > weights / 2
-        assert found["fraction_of_read_bandwidth"] > 0
-    assert "pp6" in succeed(capsys, *command)
+        bandwidth, matmul = found["read_bandwidth_bytes_per_second"], found["matmul_flops_per_second"]
+        seconds = num_tokens / found["median_ts"]
+        assert found["fraction_of_read_bandwidth"] == pytest.approx(found["bytes"] / seconds / bandwidth)
+        assert found["fraction_of_matmul_rate"] == pytest.approx(found["flops"] / seconds / matmul)
+    text = succeed(capsys, *command)
+    assert "pp6" in text
+    assert "of read" in text
+    assert "of matmul" in text
+    # nothing is cut at the 80 columns of a pipe
+    assert "…" not in text
 
 
 # the rest

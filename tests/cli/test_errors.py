@@ -34,10 +34,13 @@ def fail(capsys: Capture, *arguments: object) -> tuple[int, str]:
 USAGE: dict[str, tuple[list[object], str]] = {
     "no prompt": (["generate", "MODEL"], "PROMPT]: no prompt was given"),
     "empty prompt": (["generate", "MODEL", ""], "PROMPT]: the prompt is empty"),
-    "too long": (["generate", "MODEL", "the cat", "--max-tokens", 64], "PROMPT]: the prompt has"),
+    "too long": (["generate", "MODEL", "the cat " * 64], "PROMPT]: the prompt has"),
     "parameter": (["generate", "MODEL", "a", "--top-p", 2], "PARAMS]: top_p is 2.0; expected"),
     "dtype": (["generate", "MODEL", "a", "--dtype", "int4"], "DTYPE]: dtype 'int4'"),
     "target": (["generate", "MODEL", "a", "--target", "tpu"], "TARGET]: target 'tpu'"),
+    "device": (["generate", "MODEL", "a", "--device", "abacus"], "DEVICE]: device 'abacus' cannot be used here"),
+    "device of chat": (["chat", "MODEL", "--device", "abacus"], "DEVICE]: device 'abacus'"),
+    "device of bench": (["bench", "latency", "MODEL", "--device", "abacus"], "DEVICE]: device 'abacus'"),
     "context": (["generate", "MODEL", "a", "--max-model-len", 65], "CONFIG]: max_model_len is 65"),
     "layer": (["inspect", "MODEL", "--drop-attn", "4"], "DROP]: layer 4 does not exist"),
     "layer text": (["bench", "latency", "MODEL", "--drop-mlp", "x"], "DROP]: 'x' names no layers"),
@@ -153,13 +156,17 @@ def test_no_time_is_printed_for_wrong_numbers(
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_file_that_cannot_be_written_exits_with_5(capsys: Capture, text_model: TextModel, tmp_path: Path) -> None:
-    sizes = ["--input-len", "4", "--output-len", "3", "--num-prompts", "2"]
-    code = run(["bench", "throughput", str(text_model[0]), *sizes, "--output-json", str(tmp_path / "no" / "out.json")])
+@pytest.mark.parametrize("command", ["latency", "throughput", "forward"])
+@pytest.mark.parametrize("place", ["no/out.json", "file/out.json", "/proc/out.json", "/dev/null"])
+def test_a_file_that_cannot_be_written_exits_with_5_before_anything_is_read(
+    capsys: Capture, tmp_path: Path, command: str, place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    # no such model either: the path is looked at first
+    code, line = fail(capsys, "bench", command, tmp_path / "no-model", "--output-json", tmp_path / place)
     assert code == 5
-    err = capsys.readouterr().err
-    assert err.startswith("error[IO]: cannot write ")
-    assert err.count("\n") == 1
+    assert line.startswith(f"error[IO]: cannot write {tmp_path / place}: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 @pytest.mark.parametrize("texts", [["the cat"], ["the cat", "once"]])
@@ -196,7 +203,7 @@ def test_a_defect_is_called_one_and_exits_with_70(
 
 
 def test_no_memory_exits_with_7(capsys: Capture, text_model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyruntime.engine.engine.available_memory", lambda: 10_000)
+    monkeypatch.setattr("pyruntime.engine.memory.available_memory", lambda: 10_000)
     code, line = fail(capsys, "generate", text_model[0], "the cat")
     assert code == 7
     assert "error[MEMORY]: loading" in line

@@ -212,9 +212,8 @@ def test_nan_in_the_prompt_ends_a_request_for_prompt_logprobs(make_llama: MakeLl
         ([1, True], 4, ["True"]),
         ([1, 2.0], 4, ["2.0"]),
         ([1, "2"], 4, ["'2'"]),
-        ([1] * 64, 1, ["64 tokens", "max_tokens is 1", "holds 64"]),
-        ([1] * 70, None, ["70 tokens", "holds 64"]),
-        ([1] * 60, 5, ["60 tokens", "max_tokens is 5", "holds 64"]),
+        ([1] * 64, 1, ["64 tokens", "holds 64", "at most 63"]),
+        ([1] * 70, None, ["70 tokens", "holds 64", "at most 63"]),
     ],
 )
 def test_a_prompt_that_cannot_run_is_refused_with_its_numbers(
@@ -226,6 +225,16 @@ def test_a_prompt_that_cannot_run_is_refused_with_its_numbers(
     assert refusal.value.code == "PROMPT"
     assert all(text in str(refusal.value) for text in said), str(refusal.value)
     assert not engine.has_unfinished
+
+
+@pytest.mark.parametrize(("length", "max_tokens"), [(60, 5), (60, 4), (63, 16), (50, 2**31 - 1)])
+def test_a_sequence_ends_where_the_context_does(make_llama: MakeLlama, length: int, max_tokens: int) -> None:
+    folder, hf_model = make_llama()
+    found = run_one(
+        small_engine(make_plan(folder)), [1] * length, SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    )
+    assert tokens(found) == greedy(hf_model, [1] * length, 64 - length)
+    assert found.outputs[0].finish_reason == "length"
 
 
 def test_what_can_never_fit_the_cache_is_refused_and_what_just_fits_runs(make_llama: MakeLlama) -> None:

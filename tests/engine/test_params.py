@@ -202,6 +202,25 @@ def test_defaults_from_a_generation_config() -> None:
     assert SamplingParams.defaults_from({"temperature": None, "top_k": None}) == SamplingParams()
 
 
+def test_a_generation_config_may_name_stops_and_a_least_length() -> None:
+    found = SamplingParams.defaults_from({"min_new_tokens": 3, "stop_strings": ["a", "b"]})
+    assert found == SamplingParams(min_tokens=3, stop=["a", "b"])
+    assert SamplingParams.defaults_from({"stop_strings": "a"}).stop == ("a",)
+    assert SamplingParams.defaults_from({"min_new_tokens": 3}, min_tokens=1).min_tokens == 1
+
+
+def test_the_authors_least_length_gives_way_to_the_largest() -> None:
+    # 16 is the default of max_tokens, which the author did not choose
+    assert SamplingParams.defaults_from({"min_new_tokens": 30}).min_tokens == 16
+    assert SamplingParams.defaults_from({"min_new_tokens": 30, "max_new_tokens": 40}, max_tokens=5).min_tokens == 5
+    assert SamplingParams.defaults_from({"min_new_tokens": 30}, max_new_tokens=5).min_tokens == 5
+    assert SamplingParams.defaults_from({"min_new_tokens": 30}, max_tokens=None).min_tokens == 30
+    with pytest.raises(UsageError, match="min_tokens is 30"):
+        SamplingParams.defaults_from({}, min_tokens=30)
+    with pytest.raises(UsageError, match="min_tokens is 'x'"):
+        SamplingParams.defaults_from({"min_new_tokens": "x"})
+
+
 def test_do_sample_false_is_greedy_unless_overridden() -> None:
     config = {"do_sample": False, "temperature": 0.6}
     assert SamplingParams.defaults_from(config).temperature == 0.0

@@ -1,0 +1,71 @@
+"""How much memory there is: what the machine has left, and what the control groups of this process allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from pyruntime.errors import RunError
+
+_MEMINFO: Final = Path("/proc/meminfo")
+_MEMBERSHIP: Final = Path("/proc/self/cgroup")
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+# limit, usage, and the field of memory.stat with the file cache that the kernel gives back on demand
+_V2: Final = ("memory.max", "memory.current", "inactive_file")
+_V1: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """Raise RunError MEMORY unless the machine has `num_bytes` to spare for `what`."""
+    available = available_memory()
+    if available is not None and num_bytes > available:
+        raise RunError("MEMORY", f"{what} needs {num_bytes / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are available")
+
+
+def available_memory(meminfo: Path = _MEMINFO, membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> int | None:
+    """Bytes that this process can get without swapping: the machine's, or less where a cgroup says so.
+
+    None where nothing says so. File cache that is not in use counts as free, in a cgroup as on the machine.
+    """
+    bounds = [*_on_machine(meminfo), *_in_cgroups(membership, cgroups)]
+    return max(min(bounds), 0) if bounds else None
+
+
+def _on_machine(meminfo: Path) -> Iterator[int]:
+    for line in _read(meminfo).splitlines():
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _in_cgroups(membership: Path, cgroups: Path) -> Iterator[int]:
+    """Room in each memory cgroup from the process's own up to the root; no limit is no bound."""
+    for line in _read(membership).splitlines():
+        number, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if number == "0" and controllers == "":
+            root, files = cgroups, _V2
+        elif "memory" in controllers.split(","):
+            root, files = cgroups / "memory", _V1
+        else:
+            continue
+        # the path is the host's; in a container only its end, or the root alone, may be visible
+        own = Path(path.lstrip("/"))
+        for each in (own, *own.parents):
+            yield from _room(root / each, *files)
+
+
+def _room(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> Iterator[int]:
+    limit, usage = _read(folder / limit_name).strip(), _read(folder / usage_name).strip()
+    # "max" is no limit; version 1 writes a number that no machine has
+    if limit.isdecimal() and usage.isdecimal():
+        fields = dict(line.partition(" ")[::2] for line in _read(folder / "memory.stat").splitlines())
+        cache = fields.get(cache_name, "0")
+        yield int(limit) - int(usage) + (int(cache) if cache.isdecimal() else 0)
+
+
+def _read(path: Path) -> str:
+    """Text of a small file of the kernel, or nothing where it cannot be read."""
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""
