@@ -87,7 +87,7 @@ def show(model: Path, text: Path, drop_attn: str | None, drop_mlp: str | None) -
     title("Try next")
     print('pyruntime generate examples/novels-5m "It was a dark night" --drop-attn last:2 --temperature 0.8 --seed 1')
     print("pyruntime inspect examples/novels-5m --drop-block 9-11 --graph")
-    print("pyruntime bench latency examples/novels-5m --drop-attn 1,8,10,11 --batch-size 4 --output-len 32 --num-iters 3")
+    print("pyruntime bench latency examples/novels-5m --drop-attn last:4 --batch-size 4 --output-len 32 --num-iters 3")
 
 
 def generate_in_turn(llms: dict[str, LLM]) -> dict[str, list[RequestOutput]]:
