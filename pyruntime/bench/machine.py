@@ -21,7 +21,7 @@ def machine() -> dict[str, Any]:
     return {
         "pyruntime": pyruntime.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()} {' '.join(platform.libc_ver())}",
         "cpu_info": _cpu_name(),
         "num_cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -86,7 +86,9 @@ def _report(report: PassReport, itemsize: int) -> dict[str, Any]:
 
 def _pass_line(report: dict[str, Any]) -> str:
     saved = f"{_bytes(report['weight_bytes'])} of weights, {_bytes(report['kv_bytes_per_token'])} of KV cache per token"
-    removed = f"{report['name']} removed {', '.join(report['removed']) or 'nothing'}"
+    # which ones stand under "gone" already
+    count = len(report["removed"])
+    removed = f"{report['name']} removed {count} sublayer{'' if count == 1 else 's'}"
     return f"{'pass':<20}{'; '.join([removed, f'saved {saved}', *report['notes']])}"
 
 

@@ -173,7 +173,7 @@ def test_inspect_reports_what_each_pass_did(capsys: Capture, text_model: TextMod
     assert (report["num_weights"], report["weight_bytes"]) == (num_weights, 2 * num_weights)
     assert (report["kv_bytes_per_token"], report["notes"]) == (64, ["attention 2 was gone already"])
     (line,) = (line for line in succeed(capsys, *command).splitlines() if line.startswith("pass "))
-    assert "drop (asked for) removed attention 3, mlp 0; saved " in line
+    assert "drop (asked for) removed 2 sublayers; saved " in line
     assert line.endswith("64 B of KV cache per token; attention 2 was gone already")
     assert json.loads(succeed(capsys, "inspect", folder, "--json"))["reports"] == []
 
