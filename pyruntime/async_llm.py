@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -35,6 +36,8 @@ class AsyncLLM:
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="pyruntime-engine", daemon=True)
         self._thread.start()
+        # a thread that is inside torch when the interpreter ends would take the process down with it
+        atexit.register(self.shutdown)
 
     def __enter__(self) -> AsyncLLM:
         return self
@@ -73,6 +76,7 @@ class AsyncLLM:
             self._closed = True
             self._lock.notify()
         self._thread.join()
+        atexit.unregister(self.shutdown)
 
     def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
         """Complete one prompt; yields the output so far after every token. Leaving the loop early ends the request."""

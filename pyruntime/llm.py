@@ -172,6 +172,10 @@ class LLM:
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
         if given is None or isinstance(given, SamplingParams):
             return [given or self.get_default_sampling_params()] * count
+        if isinstance(given, str | Mapping) or not isinstance(given, Sequence):
+            raise UsageError(
+                "PARAMS", f"sampling params are {type(given).__name__}; expected SamplingParams, or a list"
+            )
         if len(given) != count:
             raise UsageError("PARAMS", f"{len(given)} sampling params for {count} prompts; expected one each, or one")
         return given

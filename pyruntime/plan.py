@@ -135,6 +135,9 @@ def lower(
     for an unknown target or dtype, and where the target cannot run a node.
     """
     verify(graph)
+    # one target runs whole plans so far, so the best one is it
+    why = "asked for" if target != "auto" else "auto: the one target that runs whole plans"
+    target = "reference" if target == "auto" else target
     if target not in TARGETS:
         raise UsageError("TARGET", f"target {target!r} does not exist; expected one of {', '.join(TARGETS)}")
     name = model.dtype if dtype == "auto" else dtype
@@ -142,7 +145,7 @@ def lower(
         raise UsageError("DTYPE", f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
     torch_dtype = DTYPES[name]
     _check_device(device)
-    choices = [_choose(node, target, torch_dtype) for node in graph.nodes]
+    choices = [_choose(node, target, torch_dtype, why) for node in graph.nodes]
     weights = _read(graph, model, torch_dtype, device, progress)
     places = _place(graph)
     steps = tuple(
@@ -182,13 +185,13 @@ def _check_device(device: str) -> None:
         raise UsageError("DEVICE", f"device {device!r} cannot be used here ({why}); expected cpu, or cuda") from None
 
 
-def _choose(node: Node, target: str, dtype: torch.dtype) -> tuple[Implementation, str]:
+def _choose(node: Node, target: str, dtype: torch.dtype, why: str) -> tuple[Implementation, str]:
     """The target's own implementation, else the reference with the reason of each refusal."""
     refusals: list[str] = []
     for implementation in OPS[node.op]:
         why_not = implementation.refuses(node.attrs, dtype)
         if implementation.target == target and why_not is None:
-            return implementation, "asked for"
+            return implementation, why
         if implementation.target == target:
             refusals.append(f"{target} refused: {why_not}")
     reference = next(each for each in OPS[node.op] if each.target == "reference")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -355,3 +357,36 @@ def test_async_with_shuts_it_down_without_blocking_the_loop(
     opened, output = run(work)
     assert not opened._thread.is_alive()
     assert output.finished
+
+
+EXITS = """
+import asyncio, sys
+from pyruntime import AsyncLLM, SamplingParams
+
+async def main(mode):
+    llm = AsyncLLM(sys.argv[1], skip_tokenizer_init=True)
+    params = SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)
+
+    async def read():
+        async for _ in llm.generate([1, 2], params):
+            if mode == "raise":
+                raise KeyError("the user's own")
+    if mode == "raise":
+        await read()
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0.2)
+
+asyncio.run(main(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("mode, code", [("raise", 1), ("task", 0)])
+def test_a_process_that_forgets_to_shut_down_ends_with_its_own_code(
+    make_llama: Callable[..., tuple[Path, Any]], mode: str, code: int
+) -> None:
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", EXITS, str(make_llama()[0]), mode], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+        assert "terminate called" not in done.stderr

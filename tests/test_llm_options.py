@@ -134,3 +134,14 @@ def test_two_runs_with_one_seed_are_equal(text_model: TextModel) -> None:
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
     assert drawn[0][0] != drawn[0][1]
+
+
+@pytest.mark.parametrize("wrong", [7, "foo", {"temperature": 0}, [None], ["foo"]])
+def test_sampling_params_of_another_type_are_refused(make_llama: Callable[..., tuple[Path, Any]], wrong: Any) -> None:
+    llm = LLM(make_llama()[0], skip_tokenizer_init=True)
+    with pytest.raises(UsageError) as error:
+        llm.generate([[1, 2]], wrong, use_tqdm=False)
+    assert error.value.code == "PARAMS"
+    with pytest.raises(UsageError):
+        next(llm.stream([1, 2], wrong))
+    assert not llm.engine.has_unfinished

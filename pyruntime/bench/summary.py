@@ -102,7 +102,8 @@ def _picture(spec: ModelSpec) -> list[str]:
             sublayer = getattr(layer, kind)
             marks += "." if sublayer is None else "L" if type(sublayer).__name__ == "Replacement" else "#"
         rows.append(f"{kind:<12}{marks}")
-    return [*rows, f"{'':<12}(# kept, . gone)"]
+    linear = ", L a linear map in its place" if any("L" in row[12:] for row in rows[1:]) else ""
+    return [*rows, f"{'':<12}(# kept, . gone{linear})"]
 
 
 def _list(layers: list[int]) -> str:

@@ -130,6 +130,11 @@ def forward(
     _report(results, _gate(results[0]), as_json, output_json)
 
 
+def _rate(per_second: float) -> str:
+    # a digit behind the point says nothing at this size, and would not fit
+    return f"{per_second:.0f}" if per_second >= 1000 else f"{per_second:.1f}"
+
+
 def _forward_table(results: list[dict[str, Any]]) -> Table:
     first = results[0]
     table = Table(
@@ -145,8 +150,8 @@ def _forward_table(results: list[dict[str, Any]]) -> Table:
     for result in results:
         table.add_row(
             result["test"],
-            f"{result['median_ts']:.1f}",
-            f"{result['p20_ts']:.1f}-{result['p80_ts']:.1f}",
+            _rate(result["median_ts"]),
+            f"{_rate(result['p20_ts'])}-{_rate(result['p80_ts'])}",
             f"{result['bytes'] / 1e6:.2f}",
             f"{result['flops'] / 1e6:.1f}",
             f"{result['fraction_of_read_bandwidth']:.1%}",

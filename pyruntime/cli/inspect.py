@@ -25,8 +25,8 @@ def inspect(
     dtype: o.Dtype = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="For the predicted speed-up.")] = 1,
     context: Annotated[
-        int, typer.Option("--context", min=0, help="For the predicted speed-up: tokens in the cache.")
-    ] = 256,
+        int | None, typer.Option("--context", min=0, help="For the predicted speed-up: tokens in the cache (256).")
+    ] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Also list every node of the graph.")] = False,
     revision: o.Revision = None,
     as_json: o.Json = False,
@@ -36,7 +36,10 @@ def inspect(
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError("DTYPE", f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
     itemsize = DTYPES[pruned.dtype if dtype == "auto" else dtype].itemsize
-    facts = summary(pruned, itemsize, batch_size, context)
+    longest = pruned.spec.max_position - 1
+    if context is not None and context > longest:
+        raise UsageError("CONTEXT", f"context is {context}; before a new token the model holds at most {longest}")
+    facts = summary(pruned, itemsize, batch_size, min(256, longest) if context is None else context)
     if as_json:
         print(json.dumps(facts))
         return

@@ -14,7 +14,8 @@ from pyruntime.llm import LLM
 
 Model = Annotated[str, typer.Argument(help="Folder of the model, or a Hub id.", show_default=False)]
 DropAttn = Annotated[
-    str | None, typer.Option("--drop-attn", help="Attentions to drop: 25,26 or 20-30 or 20-30+2 or last:8.")
+    str | None,
+    typer.Option("--drop-attn", help="Attentions to drop: 25,26 or 20-30 or 20-30+2 or last:8 or last:8:keep-last."),
 ]
 DropMlp = Annotated[str | None, typer.Option("--drop-mlp", help="MLPs to drop, written likewise.")]
 DropBlock = Annotated[str | None, typer.Option("--drop-block", help="Layers to drop whole, written likewise.")]

@@ -86,6 +86,8 @@ class Engine:
         That is a prompt that leaves no room for a token, or more pages than the whole cache has. `max_tokens` beyond
         the context is no error: the sequence ends there, its finish_reason being "length".
         """
+        if not isinstance(params, SamplingParams):
+            raise UsageError("PARAMS", f"sampling params are {type(params).__name__}; expected SamplingParams")
         if request_id in self._requests:
             raise UsageError("PROMPT", f"request id {request_id!r} is in use; choose another")
         ids = self._checked_prompt(prompt_token_ids)

@@ -59,7 +59,8 @@ class EngineSizes:
     def __post_init__(self) -> None:
         # raises for what it refuses
         SchedulerConfig(self.max_num_seqs, self.max_num_batched_tokens)
-        _check_int("max_model_len", self.max_model_len, 1, or_none=True)
+        # a token of the prompt and one of the answer
+        _check_int("max_model_len", self.max_model_len, 2, or_none=True)
         _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, or_none=True)
         _check_int("seed", self.seed, -INT64_MAX - 1)
 
@@ -136,7 +137,7 @@ def load(
     plan = lower(
         fuse(build(model.spec)),
         model,
-        target="reference" if target == "auto" else target,
+        target=target,
         dtype=dtype,
         device=device,
         progress=count,

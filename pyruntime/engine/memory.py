@@ -11,9 +11,9 @@ from pyruntime.errors import RunError
 _MEMINFO: Final = Path("/proc/meminfo")
 _MEMBERSHIP: Final = Path("/proc/self/cgroup")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
-# limit, usage, and the field of memory.stat with the file cache that the kernel gives back on demand
-_V2: Final = ("memory.max", "memory.current", "inactive_file")
-_V1: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+# limit, usage, and the start of the fields of memory.stat with the file cache, which the kernel gives back on demand
+_V2: Final = ("memory.max", "memory.current", "")
+_V1: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
 def check_memory(num_bytes: int, what: str) -> None:
@@ -26,7 +26,7 @@ def check_memory(num_bytes: int, what: str) -> None:
 def available_memory(meminfo: Path = _MEMINFO, membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> int | None:
     """Bytes that this process can get without swapping: the machine's, or less where a cgroup says so.
 
-    None where nothing says so. File cache that is not in use counts as free, in a cgroup as on the machine.
+    None where nothing says so. File cache counts as free, in a cgroup as on the machine.
     """
     bounds = [*_on_machine(meminfo), *_in_cgroups(membership, cgroups)]
     return max(min(bounds), 0) if bounds else None
@@ -54,13 +54,13 @@ def _in_cgroups(membership: Path, cgroups: Path) -> Iterator[int]:
             yield from _room(root / each, *files)
 
 
-def _room(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> Iterator[int]:
+def _room(folder: Path, limit_name: str, usage_name: str, prefix: str) -> Iterator[int]:
     limit, usage = _read(folder / limit_name).strip(), _read(folder / usage_name).strip()
     # "max" is no limit; version 1 writes a number that no machine has
     if limit.isdecimal() and usage.isdecimal():
         fields = dict(line.partition(" ")[::2] for line in _read(folder / "memory.stat").splitlines())
-        cache = fields.get(cache_name, "0")
-        yield int(limit) - int(usage) + (int(cache) if cache.isdecimal() else 0)
+        cached = [fields.get(f"{prefix}{name}_file", "0") for name in ("inactive", "active")]
+        yield int(limit) - int(usage) + sum(int(size) for size in cached if size.isdecimal())
 
 
 def _read(path: Path) -> str:

@@ -74,7 +74,8 @@ def make_drop_plan(
 ) -> DropPlan:
     """One plan from all the ways to say it: layers by number or text (`parse_layers`); a plan, its JSON or its file.
 
-    `drop_block` drops attention and MLP of a layer. The rules "last:k" count the sublayers that `spec` still has.
+    `drop_block` drops attention and MLP of a layer. The rules "last:k" count the sublayers that
+    `spec` has without what `drop_plan` names.
     """
     match drop_plan:
         case None:
@@ -85,6 +86,8 @@ def make_drop_plan(
             plan = load_drop_plan(Path(drop_plan))
         case _:
             plan = DropPlan.from_json(drop_plan)
+    # the rules count what is left: what the checkpoint lacks and what the plan names is gone already
+    spec = drop_sublayers(spec, plan)
     blocks = _layers(drop_block, _kept(spec, "block"), spec)
     said = DropPlan(
         _layers(drop_attn, _kept(spec, "attention"), spec) + blocks,
@@ -134,7 +137,7 @@ def save_drop_plan(plan: DropPlan, path: Path) -> None:
 def _layers(said: Layers | None, kept: Sequence[int], spec: ModelSpec) -> tuple[int, ...]:
     if said is None:
         return ()
-    if not isinstance(said, str | Sequence):
+    if not isinstance(said, str | Sequence) or isinstance(said, bytes | bytearray):
         raise UsageError("DROP", f"{said!r} names no layers; expected a list of numbers, or text such as 20-30")
     layers = parse_layers(said, kept) if isinstance(said, str) else tuple(said)
     for index in layers:

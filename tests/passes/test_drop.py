@@ -287,3 +287,12 @@ def test_layers_of_another_kind_are_refused(make_llama: Callable[..., tuple[Path
     for name in ("drop_attn", "drop_mlp", "drop_block"):
         with pytest.raises(UsageError):
             make_drop_plan(spec, **{name: wrong})
+
+
+def test_rules_count_what_a_plan_leaves(model: Model) -> None:
+    plan = make_drop_plan(model.spec, drop_attn="last:1", drop_plan=DropPlan((2, 3)))
+    assert plan.attention == (1, 2, 3)
+
+
+def test_bytes_are_no_list_of_layers(model: Model) -> None:
+    refused(lambda: make_drop_plan(model.spec, drop_attn=b"\x01\x02"))  # type: ignore[arg-type]

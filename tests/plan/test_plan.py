@@ -53,6 +53,7 @@ def test_explain_names_every_step_and_the_totals(make_llama: MakeLlama) -> None:
     text = plan.explain()
     assert all(step.node.name in text for step in plan.steps)
     assert "reference (asked for)" in text
+    assert "auto" not in text
     assert f"{len(plan.steps)} steps, 2 KV slots, {2 * 2 * KV * 4} KV bytes per token" in text
 
 
