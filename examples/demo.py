@@ -28,7 +28,7 @@ SEED = 7
 ROUNDS = 5
 REPEATS = 15
 CONTEXT = 256
-# of the held-out text; enough for two decimals, and the demo stays short
+# of the held-out text, so that the demo stays short
 NUM_CHARACTERS = 24_000
 
 

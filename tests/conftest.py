@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pyruntime import env
 from pyruntime.ops import attention, cache, memory
 from tests.generation import save_text_model
 
@@ -81,7 +82,7 @@ def text_model(
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Folder with real models and corpora; tests that need it are skipped where it is not named."""
-    value = os.environ.get("PYRUNTIME_TEST_DATA")
-    if not value:
+    folder = env.test_data()
+    if folder is None:
         pytest.skip("PYRUNTIME_TEST_DATA not set")
-    return Path(value)
+    return folder

@@ -3,6 +3,6 @@
 from pyruntime.checkpoint.hub import resolve_model
 from pyruntime.checkpoint.model import Model, PassReport
 from pyruntime.checkpoint.reader import read_model
-from pyruntime.checkpoint.weight import InMemory, Rows, TensorRef, Weight
+from pyruntime.checkpoint.weight import InMemory, TensorRef, Weight
 
-__all__ = ["InMemory", "Model", "PassReport", "Rows", "TensorRef", "Weight", "read_model", "resolve_model"]
+__all__ = ["InMemory", "Model", "PassReport", "TensorRef", "Weight", "read_model", "resolve_model"]

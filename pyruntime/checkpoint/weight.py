@@ -115,29 +115,3 @@ class InMemory:
     def read(self) -> torch.Tensor:
         """The tensor."""
         return self.tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Weights stacked along their rows: projections that one kernel runs together."""
-
-    parts: tuple[Weight, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the stack."""
-        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(part.num_bytes for part in self.parts)
-
-    def refs(self) -> Iterator[Weight]:
-        """The stored tensors of all parts."""
-        for part in self.parts:
-            yield from part.refs()
-
-    def read(self) -> torch.Tensor:
-        """The parts, read one by one and stacked."""
-        return torch.cat([part.read() for part in self.parts])
