@@ -11,12 +11,15 @@ import torch
 
 from pyruntime.checkpoint import Model, read_model
 from pyruntime.graph import build, fuse
+from pyruntime.ops.layout import PANEL
 from pyruntime.ops.step import SequenceSlice, make_step
 from pyruntime.passes import drop
 from pyruntime.plan import Plan, lower
 from pyruntime.spec import DropPlan
 
+# small, so that short sequences straddle pages; a plan with a program takes no page size below a panel
 PAGE_SIZE = 4
+TARGETS = ("reference", "cpu")
 
 
 def without(hf_model: Any, plan: DropPlan) -> Any:
@@ -48,16 +51,27 @@ def pruned_model(folder: Path, plan: DropPlan) -> Model:
     return drop(read_model(folder), plan)
 
 
-def make_plan(folder: Path, plan: DropPlan = DropPlan(), dtype: str = "float32", fused: bool = True) -> Plan:
+def make_plan(
+    folder: Path,
+    plan: DropPlan = DropPlan(),
+    dtype: str = "float32",
+    fused: bool = True,
+    target: str = "reference",
+) -> Plan:
     """The lowered plan of the pruned checkpoint."""
     model = pruned_model(folder, plan)
     graph = build(model.spec)
-    return lower(fuse(graph) if fused else graph, model, dtype=dtype)
+    return lower(fuse(graph) if fused else graph, model, dtype=dtype, target=target)
 
 
-def pages_of(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+def page_size_of(plan: Plan) -> int:
+    """The smallest page that tests use with the plan."""
+    return PAGE_SIZE if plan.program is None else PANEL
+
+
+def pages_of(sequences: Sequence[Sequence[int]], page_size: int = PAGE_SIZE) -> list[list[int]]:
     """Disjoint pages for each sequence, interleaved and out of order as an engine would hand them out."""
-    counts = [-(-len(sequence) // PAGE_SIZE) for sequence in sequences]
+    counts = [-(-len(sequence) // page_size) for sequence in sequences]
     free = list(range(sum(counts)))[::-1]
     pages: list[list[int]] = [[] for _ in sequences]
     while free:
@@ -69,8 +83,9 @@ def pages_of(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def all_logits(plan: Plan, sequences: Sequence[Sequence[int]], chunk: int) -> list[torch.Tensor]:
     """Logits of every position of every sequence, all sequences advancing together by `chunk` tokens a step."""
-    pages = pages_of(sequences)
-    cache = plan.new_cache(sum(map(len, pages)), PAGE_SIZE)
+    page_size = page_size_of(plan)
+    pages = pages_of(sequences, page_size)
+    cache = plan.new_cache(sum(map(len, pages)), page_size)
     found: list[list[torch.Tensor]] = [[] for _ in sequences]
     for start in range(0, max(map(len, sequences)), chunk):
         slices, owners = [], []
@@ -88,3 +103,9 @@ def all_logits(plan: Plan, sequences: Sequence[Sequence[int]], chunk: int) -> li
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the spread of the expected values."""
     return float((found.double() - expected.double()).abs().max() / expected.double().std())
+
+
+def nmse(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean square of the differences over that of the expected values."""
+    wide = expected.double()
+    return float((found.double() - wide).square().mean() / wide.square().mean())

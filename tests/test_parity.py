@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pyruntime.ops import _native
 from pyruntime.spec import DropPlan
-from tests.helpers import all_logits, hf_logits, make_plan, relative_error, without
+from tests.helpers import TARGETS, all_logits, hf_logits, make_plan, nmse, relative_error, without
 
 NUM_LAYERS = 4
 EVERY = tuple(range(NUM_LAYERS))
-# float32 against float32 with another order of sums, over four layers
+# float32 against transformers in float64 with the same weights, over four layers
 LIMIT = 1e-5
+NMSE_LIMIT = 5e-4
+
+MakeLlama = Callable[..., tuple[Path, Any]]
 
 PATTERNS = {
     "nothing": DropPlan(),
@@ -38,32 +43,47 @@ for _i in range(6):
         mlp=tuple(i for i in EVERY if _random.random() < 0.5),
     )
 
-PROMPT = [3, 17, 60, 0, 5, 5, 41, 22, 9, 33, 12]
-RAGGED = [PROMPT, [7], [50, 2, 3], [*PROMPT[::-1], 1, 4], [8, 8, 8, 8]]
+# lengths around the borders of pages of 4 and of 16
+PROMPT = [(7 * i * i + 3 * i) % 61 for i in range(37)]
+RAGGED = [PROMPT[:1], PROMPT[5:8], PROMPT[:16], PROMPT[::-1][:17], PROMPT[3:36], [*PROMPT, 1, 4, 8]]
 # how many tokens of each sequence one step takes: all, one (cached decode), and chunks that straddle pages
-MODES = {"full": 64, "decode": 1, "chunked": 3}
+MODES = {"full": 64, "decode": 1, "chunked": 7}
+
+targets = pytest.mark.parametrize("target", TARGETS)
 
 
+@targets
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_logits_equal_transformers(make_llama: Callable[..., tuple[Path, Any]], pattern: str, mode: str) -> None:
+def test_logits_equal_transformers(make_llama: MakeLlama, pattern: str, mode: str, target: str) -> None:
     folder, hf_model = make_llama()
-    oracle = without(hf_model, PATTERNS[pattern])
-    plan = make_plan(folder, PATTERNS[pattern])
+    oracle = without(hf_model, PATTERNS[pattern]).double()
+    plan = make_plan(folder, PATTERNS[pattern], target=target)
     (found,) = all_logits(plan, [PROMPT], MODES[mode])
     assert relative_error(found, hf_logits(oracle, PROMPT)) < LIMIT
 
 
+@targets
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_ragged_batch_equals_sequences_alone(
-    make_llama: Callable[..., tuple[Path, Any]], pattern: str, mode: str
-) -> None:
+def test_ragged_batch_equals_sequences_alone(make_llama: MakeLlama, pattern: str, mode: str, target: str) -> None:
     folder, hf_model = make_llama()
-    oracle = without(hf_model, PATTERNS[pattern])
-    plan = make_plan(folder, PATTERNS[pattern])
+    oracle = without(hf_model, PATTERNS[pattern]).double()
+    plan = make_plan(folder, PATTERNS[pattern], target=target)
     for sequence, found in zip(RAGGED, all_logits(plan, RAGGED, MODES[mode]), strict=True):
         assert relative_error(found, hf_logits(oracle, sequence)) < LIMIT
+
+
+@targets
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bfloat16_stays_near_float64(make_llama: MakeLlama, pattern: str, mode: str, target: str) -> None:
+    """The oracle has the same weights, rounded to bfloat16, and computes in float64."""
+    folder, hf_model = make_llama()
+    oracle = without(hf_model, PATTERNS[pattern]).to(torch.bfloat16).double()
+    plan = make_plan(folder, PATTERNS[pattern], "bfloat16", target=target)
+    for sequence, found in zip(RAGGED, all_logits(plan, RAGGED, MODES[mode]), strict=True):
+        assert nmse(found, hf_logits(oracle, sequence)) < NMSE_LIMIT
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -112,22 +132,47 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@targets
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_form_of_llama_equals_transformers(make_llama: Callable[..., tuple[Path, Any]], variant: str) -> None:
+def test_every_form_of_llama_equals_transformers(make_llama: MakeLlama, variant: str, target: str) -> None:
     folder, hf_model = make_llama(**VARIANTS[variant])
     pattern = DropPlan(attention=(0, 2), mlp=(1,))
     long = [(7 * i) % 61 for i in range(40)]
-    for plan, oracle in ((DropPlan(), hf_model), (pattern, without(hf_model, pattern))):
+    for plan, oracle in ((DropPlan(), without(hf_model, DropPlan())), (pattern, without(hf_model, pattern))):
+        lowered = make_plan(folder, plan, target=target)
         for chunk in (64, 7):
-            (found,) = all_logits(make_plan(folder, plan), [long], chunk)
-            assert relative_error(found, hf_logits(oracle, long)) < LIMIT
+            (found,) = all_logits(lowered, [long], chunk)
+            # a square doubles every relative error, once a layer
+            limit = 2 * LIMIT if variant == "relu2" else LIMIT
+            assert relative_error(found, hf_logits(oracle.double(), long)) < limit
 
 
+@targets
 @pytest.mark.parametrize("dtype, limit", [("bfloat16", 5e-4), ("float16", 5e-4), ("float64", 1e-10)])
-def test_other_dtypes_stay_near_float64(make_llama: Callable[..., tuple[Path, Any]], dtype: str, limit: float) -> None:
+def test_other_dtypes_stay_near_float64(make_llama: MakeLlama, dtype: str, limit: float, target: str) -> None:
+    """The oracle has the weights before they were rounded."""
     folder, hf_model = make_llama()
     pattern = DropPlan(attention=(0, 2))
     expected = hf_logits(without(hf_model, pattern).double(), PROMPT)
-    (found,) = all_logits(make_plan(folder, pattern, dtype), [PROMPT], 3)
-    nmse = float((found.double() - expected).square().mean() / expected.square().mean())
-    assert nmse < limit
+    (found,) = all_logits(make_plan(folder, pattern, dtype, target=target), [PROMPT], 3)
+    assert nmse(found, expected) < limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("isa", _native.load().module.isa_available())
+@pytest.mark.parametrize("pattern", ["nothing", "random 0", "all attentions", "last block"])
+def test_every_cpu_path(
+    make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch, pattern: str, isa: str, dtype: str
+) -> None:
+    monkeypatch.setenv("PYRUNTIME_CPU_ISA", isa)
+    folder, hf_model = make_llama()
+    oracle = without(hf_model, PATTERNS[pattern])
+    oracle = oracle.to(torch.bfloat16).double() if dtype == "bfloat16" else oracle.double()
+    plan = make_plan(folder, PATTERNS[pattern], dtype, target="cpu")
+    for chunk in MODES.values():
+        for sequence, found in zip(RAGGED, all_logits(plan, RAGGED, chunk), strict=True):
+            expected = hf_logits(oracle, sequence)
+            if dtype == "bfloat16":
+                assert nmse(found, expected) < NMSE_LIMIT
+            else:
+                assert relative_error(found, expected) < LIMIT

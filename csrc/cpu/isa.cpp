@@ -9,9 +9,22 @@
 namespace pyruntime {
 
 // defined by csrc/cpu/*.cpp, compiled once per ISA into its own namespace
-#define PYRUNTIME_DECLARE(isa)             \
-    namespace cpu_##isa {                  \
-        void mlp(const MlpParams& params); \
+#define PYRUNTIME_DECLARE(isa)                                                                      \
+    namespace cpu_##isa {                                                                           \
+        void embed(const EmbedStep&, const RunContext&, View, const Worker&);                       \
+        void norm(const NormStep&, const RunContext&, View, const Worker&);                         \
+        void linear(const LinearStep&, const RunContext&, View, const Worker&);                     \
+        void qkv_rope(const QkvRopeStep&, const RunContext&, View, const Worker&);                  \
+        void attention(const AttentionStep&, const RunContext&, View, const Worker&);               \
+        void mlp(const MlpStep&, const RunContext&, View, const Worker&);                           \
+        void add(const AddStep&, const RunContext&, View, const Worker&);                           \
+        void gather(const GatherStep&, const RunContext&, View, const Worker&);                     \
+        void head(const HeadStep&, const RunContext&, View, const Worker&);                         \
+        void sample(const SampleParams&, const Worker&);                                            \
+        void read_probe(const ReadProbe&, const Worker&);                                           \
+        void multiply_probe(const MultiplyProbe&, const Worker&);                                   \
+        constexpr Kernels kKernels = {embed, norm,   linear, qkv_rope, attention,  mlp,             \
+                                      add,   gather, head,   sample,   read_probe, multiply_probe}; \
     }
 PYRUNTIME_DECLARE(generic)
 PYRUNTIME_DECLARE(avx2)
@@ -101,17 +114,18 @@ Isa isa_from_name(const std::string& name) {
     return Isa::kGeneric;
 }
 
-void mlp(Isa isa, const MlpParams& params) {
+const Kernels& kernels_of(Isa isa) {
     switch (isa) {
-        case Isa::kGeneric:
-            return cpu_generic::mlp(params);
         case Isa::kAvx2:
-            return cpu_avx2::mlp(params);
+            return cpu_avx2::kKernels;
         case Isa::kAvx512:
-            return cpu_avx512::mlp(params);
+            return cpu_avx512::kKernels;
         case Isa::kAvx512Bf16:
-            return cpu_avx512_bf16::mlp(params);
+            return cpu_avx512_bf16::kKernels;
+        case Isa::kGeneric:
+            break;
     }
+    return cpu_generic::kKernels;
 }
 
 }  // namespace pyruntime

@@ -1,86 +1,85 @@
-// The fused MLP block in float32. Compiled once per ISA; calls nothing but the C library and parallel_for.
-#include <math.h>
+// The fused MLP block: norm, gate and up, activation, down, residual.
+#include "cpu/matmul.h"
 
-#include "parallel.h"
-#include "pyruntime/params.h"
-#include "vec.h"
-
-namespace pyruntime {
+namespace pyruntime::PYRUNTIME_ISA_NAMESPACE {
 namespace {
 
-// rows handled by one pass over the weights: their inputs stay in the L2 cache while a weight row is read once
-constexpr int64_t kRowBlock = 16;
-// outputs per task: large enough that waking a thread pays, small enough to share out evenly
-constexpr int64_t kGrain = 16;
+Vec activate(Vec x, int32_t activation) {
+    switch (activation) {
+        case kSilu:
+            return x / (1.0f + exp(-x));
+        case kGeluTanh:
+            // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)
+            return 0.5f * x * (1.0f + tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+        case kGelu:
+            for (int lane = 0; lane < kLanes; ++lane) {
+                x[lane] = 0.5f * x[lane] * (1.0f + erff(x[lane] * 0.70710678118654752f));
+            }
+            return x;
+        default:
+            // written so that a NaN stays one
+            const Vec relu = x < 0.0f ? Vec{} : x;
+            return activation == kRelu2 ? relu * relu : relu;
+    }
+}
 
-struct Block {
-    const MlpParams* params;
-    int64_t first_row;
-    int64_t rows;
-
-    const float* normed() const { return params->scratch + first_row * params->hidden; }
-    float* activated() const { return params->scratch + params->rows * params->hidden + first_row * params->ffn; }
+struct HiddenOut {
+    uint32_t* packed;  // input of down, in tiles
+    float* wide;       // or row-major, where a norm comes between
+    int64_t size;
+    int64_t units;
+    int32_t dtype;
+    int32_t gated;
+    int32_t activation;
 };
 
-void norm_rows(void* context, int64_t begin, int64_t end) {
-    const MlpParams& p = *static_cast<const MlpParams*>(context);
-    for (int64_t row = begin; row < end; ++row) {
-        const float* x = p.x + row * p.hidden;
-        float* normed = p.scratch + row * p.hidden;
-        float squares = 0.0f;
-        dot_rows<1>(x, x, p.hidden, p.hidden, &squares);
-        const float scale = 1.0f / sqrtf(squares / static_cast<float>(p.hidden) + p.eps);
-        for (int64_t k = 0; k < p.hidden; ++k) {
-            normed[k] = x[k] * scale * p.norm_weight[k];
-        }
+// one panel of hidden values of a tile's row
+void store_panel(const HiddenOut& to, const Tile& tile, int64_t r, int64_t column, const float* values) {
+    const int64_t left = to.size - column;
+    const int64_t count = left < kPanel ? left : kPanel;
+    if (to.wide != nullptr) {
+        float* row = to.wide + (tile.first_row + r) * to.size + column;
+        __builtin_memcpy(row, values, static_cast<size_t>(count) * sizeof(float));
+        return;
     }
+    const int64_t unit = to.dtype == kFloat32 ? column : column / 2;
+    pack_row(values, count, to.dtype, to.packed + tile.first_row * to.units, tile.rows, r, unit);
 }
 
-float silu(float value) {
-    return value / (1.0f + expf(-value));
-}
-
-void gate_up(void* context, int64_t begin, int64_t end) {
-    const Block& block = *static_cast<const Block*>(context);
-    const MlpParams& p = *block.params;
-    float gates[kRowBlock];
-    float ups[kRowBlock];
-    for (int64_t unit = begin; unit < end; ++unit) {
-        dot_many(p.gate + unit * p.hidden, block.normed(), p.hidden, p.hidden, block.rows, gates);
-        dot_many(p.up + unit * p.hidden, block.normed(), p.hidden, p.hidden, block.rows, ups);
-        for (int64_t row = 0; row < block.rows; ++row) {
-            block.activated()[row * p.ffn + unit] = silu(gates[row]) * ups[row];
-        }
-    }
-}
-
-void down(void* context, int64_t begin, int64_t end) {
-    const Block& block = *static_cast<const Block*>(context);
-    const MlpParams& p = *block.params;
-    float sums[kRowBlock];
-    for (int64_t column = begin; column < end; ++column) {
-        dot_many(p.down + column * p.ffn, block.activated(), p.ffn, p.ffn, block.rows, sums);
-        for (int64_t row = 0; row < block.rows; ++row) {
-            const int64_t at = (block.first_row + row) * p.hidden + column;
-            p.out[at] = p.residual[at] + sums[row];
+void store_hidden(const void* context, const Tile& tile, int64_t first_panel, int64_t panels, const float* values) {
+    const HiddenOut& to = *static_cast<const HiddenOut*>(context);
+    const int64_t width = to.gated ? 2 : 1;
+    for (int64_t panel = 0; panel < panels; panel += width) {
+        const int64_t column = (first_panel + panel) / width * kPanel;
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const float* gate = values + (r * kGroup + panel) * kPanel;
+            float hidden[kPanel];
+            for (int64_t k = 0; k < kPanel; k += kLanes) {
+                const Vec activated = activate(load(gate + k), to.activation);
+                store(hidden + k, to.gated ? activated * load(gate + kPanel + k) : activated);
+            }
+            store_panel(to, tile, r, column, hidden);
         }
     }
 }
 
 }  // namespace
 
-namespace PYRUNTIME_ISA_NAMESPACE {
-
-void mlp(const MlpParams& params) {
-    MlpParams p = params;
-    parallel_for(p.rows, 1, p.num_threads, norm_rows, &p);
-    for (int64_t first = 0; first < p.rows; first += kRowBlock) {
-        const int64_t rest = p.rows - first;
-        Block block{&p, first, rest < kRowBlock ? rest : kRowBlock};
-        parallel_for(p.ffn, kGrain, p.num_threads, gate_up, &block);
-        parallel_for(p.hidden, kGrain, p.num_threads, down, &block);
-    }
+void mlp(const MlpStep& step, const RunContext& run, View view, const Worker& worker) {
+    const int64_t rows = run.views[view].num_rows;
+    const int32_t dtype = step.down.dtype;
+    const uint32_t* packed =
+        norm_and_pack(step.norm, run.places[step.in], step.gate_up.inputs, rows, dtype, nullptr, run, worker);
+    const int64_t size = step.down.inputs;
+    const bool normed = step.sub.kind != kNoNorm;
+    const HiddenOut hidden{run.hidden,     normed ? run.wide : nullptr, size, units_of(dtype, size), dtype, step.gated,
+                           step.activation};
+    matmul(step.gate_up, packed, rows, store_hidden, &hidden, worker);
+    const uint32_t* normed_hidden =
+        normed ? norm_and_pack(step.sub, run.wide, size, rows, dtype, nullptr, run, worker) : run.hidden;
+    const float* residual = step.residual == kNoPlace ? nullptr : run.places[step.residual];
+    const RowsOut to{run.places[step.out], residual, step.down.outputs};
+    matmul(step.down, normed_hidden, rows, store_rows, &to, worker);
 }
 
-}  // namespace PYRUNTIME_ISA_NAMESPACE
-}  // namespace pyruntime
+}  // namespace pyruntime::PYRUNTIME_ISA_NAMESPACE

@@ -1,4 +1,5 @@
-// A small thread pool. Workers sleep on a condition variable between jobs: an idle pool costs no processor time.
+// A small team of threads that walk the same code. Between runs the helpers sleep: an idle team costs no processor
+// time.
 #pragma once
 
 #include <cstdint>
@@ -6,13 +7,29 @@
 
 namespace pyruntime {
 
-// must not throw: it may run on a thread that nobody waits on with a handler
-using RangeBody = void (*)(void* context, std::int64_t begin, std::int64_t end);
+class Team;
 
-// Calls body over disjoint ranges that cover [0, n), at most `grain` long, on at most `num_threads` threads, and
-// returns when all are done. The caller works too. A call from inside a body runs on that thread alone. Not a template:
-// a copy of it in each per-ISA object is what vec.h warns of.
-void parallel_for(std::int64_t n, std::int64_t grain, int num_threads, RangeBody body, void* context);
+// one thread of a team while it runs
+struct Worker {
+    Team* team;
+    int index;  // 0 is the thread that called run_team
+    int count;
+};
+
+// Must not throw: it may run on a thread that nobody waits on with a handler.
+using TeamBody = void (*)(const void* context, const Worker& worker);
+
+// Calls body once on each of up to `num_threads` threads, the caller among them, and returns when all are done. One
+// team runs at a time; a call from inside a body runs on that thread alone. Not a template: a copy of it in each
+// per-ISA object is what vec.h warns of.
+void run_team(int num_threads, TeamBody body, const void* context);
+
+// Shares out [0, total): true gives this worker a range of its own, in multiples of `grain` but for the last; ranges
+// shrink towards the end, so that workers finish together. Every worker must ask until it gets false, then wait.
+bool take(const Worker& worker, std::int64_t total, std::int64_t grain, std::int64_t* begin, std::int64_t* end);
+
+// Returns when every worker of the team has come here; what they wrote before is then visible to all.
+void wait_for_all(const Worker& worker);
 
 // threads that the scheduler affinity and the cgroup's CPU quota allow, at least 1; asked once
 int num_threads_allowed();

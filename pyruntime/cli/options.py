@@ -23,7 +23,7 @@ DropPlanFile = Annotated[
     Path | None, typer.Option("--drop-plan", help="JSON file that says what to drop.", dir_okay=False)
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
-Target = Annotated[str, typer.Option("--target", help="auto or reference.")]
+Target = Annotated[str, typer.Option("--target", help="auto, cpu (C++) or reference (PyTorch).")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, or one card of several: cuda:1.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -22,7 +22,7 @@ from pyruntime.engine.request import (
 from pyruntime.engine.schedule import Chunk, Scheduler, SchedulerConfig
 from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.errors import UsageError
-from pyruntime.ops import sample
+from pyruntime.ops import sample, sample_native
 from pyruntime.ops.step import SequenceSlice, make_step
 from pyruntime.plan import Plan
 
@@ -60,6 +60,8 @@ class Engine:
         self._allocator = PageAllocator(config.num_pages, config.page_size)
         self._scheduler: Scheduler[RunningSequence] = Scheduler(config.scheduler, self._allocator)
         self._cache = plan.new_cache(config.num_pages, config.page_size)
+        # the reference elsewhere: it also samples float64, and where the logits are
+        self._native = sample_native.NativeSampler(plan.vocab_size) if plan.program is not None else None
         self._requests: dict[str, _Request] = {}
         self._num_added = 0
 
@@ -134,7 +136,8 @@ class Engine:
             return []
         slices = [_slice(chunk) for chunk in chunks]
         logits = self.plan.run(make_step(slices, self._cache, self.plan.device))
-        sampled: list[tuple[RunningSequence, torch.Tensor]] = []
+        sampled: list[RunningSequence] = []
+        sampled_rows: list[int] = []
         row = 0
         for chunk, piece in zip(chunks, slices, strict=True):
             chunk.sequence.num_computed += chunk.length
@@ -143,8 +146,9 @@ class Engine:
             self._add_prompt_logprobs(chunk.sequence, rows)
             # the prompt's own logits may have ended the sequence
             if chunk.last and chunk.sequence.finish_reason is None:
-                sampled.append((chunk.sequence, rows[-1]))
-        self._sample(sampled)
+                sampled.append(chunk.sequence)
+                sampled_rows.append(row - 1)
+        self._sample(logits, sampled, sampled_rows)
         advanced = dict.fromkeys(
             chunk.sequence.request_id for chunk in chunks if chunk.last or chunk.sequence.finish_reason
         )
@@ -194,17 +198,19 @@ class Engine:
             min_tokens=params.min_tokens,
         )
 
-    def _sample(self, sampled: list[tuple[RunningSequence, torch.Tensor]]) -> None:
-        if not sampled:
+    def _sample(self, logits: torch.Tensor, sequences: Sequence[RunningSequence], rows: Sequence[int]) -> None:
+        if not sequences:
             return
-        sequences = [sequence for sequence, _ in sampled]
-        results = sample.reference(
-            torch.stack([logits for _, logits in sampled]),
+        wanted = (
             [self._sample_config(sequence) for sequence in sequences],
             [sequence.prompt_token_ids for sequence in sequences],
             [sequence.output_token_ids for sequence in sequences],
             [len(sequence.output_token_ids) for sequence in sequences],
         )
+        if self._native is not None:
+            results = self._native.sample(logits, rows, *wanted)
+        else:
+            results = sample.reference(logits[rows], *wanted)
         for sequence, result in zip(sequences, results, strict=True):
             self._advance(sequence, result)
 
@@ -267,11 +273,9 @@ class Engine:
         next_ids = sequence.prompt_token_ids[done : done + len(rows)]
         if sequence.params.prompt_logprobs is None or sequence.index > 0 or not next_ids:
             return
-        for token_id, result in zip(
-            next_ids,
-            sample.token_logprobs(rows[: len(next_ids)], next_ids, sequence.params.prompt_logprobs),
-            strict=True,
-        ):
+        score = sample.token_logprobs if self._native is None else self._native.token_logprobs
+        scored = score(rows[: len(next_ids)], next_ids, sequence.params.prompt_logprobs)
+        for token_id, result in zip(next_ids, scored, strict=True):
             if result.error is not None:
                 self._finish(sequence, FinishReason.ERROR, result.error)
                 return

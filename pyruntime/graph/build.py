@@ -25,7 +25,8 @@ def build(spec: ModelSpec) -> Graph:
     KV slots are numbered densely over the kept attentions.
     """
     builder = _Builder()
-    stream = builder.add("embed", "embed", EmbedAttrs(spec.embedding), (), {"weight": "embedding.weight"})
+    embed = EmbedAttrs(spec.embedding, shared=spec.head.tied)
+    stream = builder.add("embed", "embed", embed, (), {"weight": "embedding.weight"})
     for layer in spec.layers:
         stream = builder.layer(layer, stream)
     stream = builder.add("wanted", "gather", GatherAttrs(spec.head.linear.in_features), (stream,), rows=Rows.WANTED)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pyruntime.ops.attrs import Shape
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.step import View
 
 
@@ -39,3 +40,9 @@ def reference(
 ) -> tuple[torch.Tensor, ...]:
     """[rows, width]."""
     return (inputs[0] + inputs[1],)
+
+
+def on_cpu(attrs: AddAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    stream, other = node.inputs
+    return [node.step("add", width=attrs.width, input=stream, other=other, out=node.outputs[0])]

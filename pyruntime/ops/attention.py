@@ -9,6 +9,7 @@ import torch
 
 from pyruntime.ops.attrs import Shape
 from pyruntime.ops.memory import alloc
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.step import Span, View
 from pyruntime.spec import Attention
 
@@ -82,3 +83,23 @@ def _hidden(attrs: AttentionAttrs, positions: torch.Tensor, context: int) -> tor
     distance = positions[:, None] - seen
     hidden = distance < 0
     return hidden if attrs.attention.window is None else hidden | (distance >= attrs.attention.window)
+
+
+def on_cpu(attrs: AttentionAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    attention = attrs.attention
+    return [
+        node.step(
+            "attention",
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            window=attention.window or 0,
+            scale=attention.scale,
+            softcap=attention.softcap or 0.0,
+            slot=attrs.slot,
+            cache_dtype=node.dtype_name,
+            input=node.inputs[0],
+            out=node.outputs[0],
+        )
+    ]

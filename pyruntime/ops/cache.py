@@ -18,9 +18,10 @@ class KvShape:
 
 
 class KvCache:
-    """Keys and values of every kept attention, [num_pages, page_size, num_kv_heads, head_dim] each.
+    """Keys and values of every kept attention, in pages of `page_size` tokens.
 
-    A dropped attention has no slot here, so it owns no byte.
+    Keys are [num_pages, num_kv_heads, head_dim, page_size], so that a score reads neighbouring tokens side by side;
+    values are [num_pages, num_kv_heads, page_size, head_dim]. A dropped attention has no slot here, so it owns no byte.
     """
 
     def __init__(
@@ -33,34 +34,38 @@ class KvCache:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._pools = tuple(
-            alloc((2, num_pages * page_size, shape.num_kv_heads, shape.head_dim), dtype, device) for shape in shapes
-        )
+        self._keys = tuple(alloc((num_pages, s.num_kv_heads, s.head_dim, page_size), dtype, device) for s in shapes)
+        self._values = tuple(alloc((num_pages, s.num_kv_heads, page_size, s.head_dim), dtype, device) for s in shapes)
 
     @property
     def num_slots(self) -> int:
         """Number of attentions that own a pool."""
-        return len(self._pools)
+        return len(self._keys)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all pools."""
-        return sum(pool.numel() * pool.element_size() for pool in self._pools)
+        return sum(pool.numel() * pool.element_size() for pool in (*self._keys, *self._values))
+
+    @property
+    def addresses(self) -> list[tuple[int, int]]:
+        """Where the keys and the values of each slot lie."""
+        return [(k.data_ptr(), v.data_ptr()) for k, v in zip(self._keys, self._values, strict=True)]
 
     def clear(self) -> None:
         """Fill everything with zeros, for measurements over a context that nobody computed."""
-        for pool in self._pools:
+        for pool in (*self._keys, *self._values):
             pool.zero_()
 
     def write(self, slot: int, places: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store `keys` and `values` [rows, num_kv_heads, head_dim] at `places` [rows] (page * page_size + offset)."""
-        pool = self._pools[slot]
-        pool[0].index_copy_(0, places, keys.to(pool.dtype))
-        pool[1].index_copy_(0, places, values.to(pool.dtype))
+        page, offset = places // self.page_size, places % self.page_size
+        self._keys[slot][page, :, :, offset] = keys.to(self._keys[slot].dtype)
+        self._values[slot][page, :, offset] = values.to(self._values[slot].dtype)
 
     def read(self, slot: int, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `length` keys and values of the sequence on `pages`, [length, num_kv_heads, head_dim] each."""
-        pool = self._pools[slot].unflatten(1, (self.num_pages, self.page_size))
         kept = pages[: -(-length // self.page_size)]
-        found = pool[:, kept].flatten(1, 2)[:, :length]
-        return found[0], found[1]
+        keys = self._keys[slot][kept].permute(0, 3, 1, 2).flatten(0, 1)[:length]
+        values = self._values[slot][kept].permute(0, 2, 1, 3).flatten(0, 1)[:length]
+        return keys, values

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from pyruntime.ops.attrs import Shape
+from pyruntime.ops.layout import Layout, LayoutKind, stored
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.step import View
 from pyruntime.spec import Embedding
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedAttrs:
-    """Token ids of the step's rows to stream values."""
+    """Token ids of the step's rows to stream values; `shared` says that the head uses the same table."""
 
     embedding: Embedding
+    shared: bool = False
 
     def weight_shapes(self) -> dict[str, Shape]:
         """The table."""
@@ -42,3 +45,26 @@ def reference(
     rows = weights["weight"][view.token_ids]
     rows = rows.to(torch.float64 if rows.dtype is torch.float64 else torch.float32)
     return (rows if attrs.embedding.scale == 1.0 else rows * attrs.embedding.scale,)
+
+
+def layouts(attrs: EmbedAttrs) -> dict[str, Layout]:
+    """The table as stored, or in the panels that the head needs, so that it is kept once."""
+    if not attrs.shared:
+        return {"table": stored("weight")}
+    return {"table": Layout(LayoutKind.PANELS, ("weight",), (attrs.embedding.vocab_size,))}
+
+
+def on_cpu(attrs: EmbedAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    embedding = attrs.embedding
+    return [
+        node.step(
+            "embed",
+            table=node.memory("table"),
+            dtype=node.dtype_name,
+            in_panels=attrs.shared,
+            size=embedding.size,
+            scale=embedding.scale,
+            out=node.outputs[0],
+        )
+    ]

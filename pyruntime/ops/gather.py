@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pyruntime.ops.attrs import Shape
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.step import View
 
 
@@ -39,3 +40,8 @@ def reference(
 ) -> tuple[torch.Tensor, ...]:
     """[wanted rows, width]."""
     return (inputs[0].index_select(0, view.index),)
+
+
+def on_cpu(attrs: GatherAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    return [node.step("gather", width=attrs.width, input=node.inputs[0], out=node.outputs[0])]

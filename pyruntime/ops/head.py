@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from pyruntime.ops.attrs import Shape, linear_flops, linear_shapes, norm_shapes
+from pyruntime.ops.layout import Layout, matrix_layouts, norm_layouts
 from pyruntime.ops.linear import project
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.norm import norm_of
 from pyruntime.ops.step import View
 from pyruntime.spec import Head, Norm
@@ -45,3 +47,16 @@ def reference(
     logits = project("linear", weights, norm_of(attrs.norm, "norm", weights, inputs[0]))
     softcap = attrs.head.softcap
     return (logits if softcap is None else softcap * torch.tanh(logits / softcap),)
+
+
+def layouts(attrs: HeadAttrs) -> dict[str, Layout]:
+    """Norm and matrix."""
+    return norm_layouts("norm", attrs.norm) | matrix_layouts("matrix", {"linear": attrs.head.linear})
+
+
+def on_cpu(attrs: HeadAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    linear = attrs.head.linear
+    matrix = node.matrix("matrix", linear.in_features, linear.out_features)
+    norm, softcap = node.norm("norm", attrs.norm), attrs.head.softcap or 0.0
+    return [node.step("head", norm=norm, matrix=matrix, softcap=softcap, input=node.inputs[0], out=node.outputs[0])]

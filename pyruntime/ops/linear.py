@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from pyruntime.ops.attrs import Shape, linear_flops, linear_shapes, norm_shapes
+from pyruntime.ops.layout import Layout, matrix_layouts, norm_layouts
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.norm import norm_of
 from pyruntime.ops.step import View
 from pyruntime.spec import Linear, Norm
@@ -45,6 +47,18 @@ def reference(
     """[rows, out_features]."""
     y = project("linear", weights, norm_of(attrs.norm, "norm", weights, inputs[0]))
     return (inputs[1] + y if attrs.residual else y,)
+
+
+def layouts(attrs: LinearAttrs) -> dict[str, Layout]:
+    """Norm and matrix."""
+    return norm_layouts("norm", attrs.norm) | matrix_layouts("matrix", {"linear": attrs.linear})
+
+
+def on_cpu(attrs: LinearAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    matrix = node.matrix("matrix", attrs.linear.in_features, attrs.linear.out_features)
+    norm, residual = node.norm("norm", attrs.norm), node.residual(attrs.residual)
+    return [node.step("linear", norm=norm, matrix=matrix, input=node.inputs[0], residual=residual, out=node.outputs[0])]
 
 
 def project(role: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

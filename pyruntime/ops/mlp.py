@@ -9,12 +9,13 @@ from typing import Final
 import torch
 from torch.nn import functional
 
-from pyruntime.ops import _native
 from pyruntime.ops.attrs import Shape, linear_flops, linear_shapes, norm_shapes
+from pyruntime.ops.layout import Layout, matrix_layouts, norm_layouts
 from pyruntime.ops.linear import project
+from pyruntime.ops.native_step import NativeNode, NativeStep, padded
 from pyruntime.ops.norm import norm_of
 from pyruntime.ops.step import View
-from pyruntime.spec import MLP, Activation, Norm, NormKind
+from pyruntime.spec import MLP, Activation, Norm
 
 _ACTIVATIONS: Final[Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
     Activation.SILU: functional.silu,
@@ -61,30 +62,39 @@ def reference(
     return (inputs[1] + y if attrs.residual else y,)
 
 
-def on_cpu(
-    attrs: MlpAttrs, weights: Mapping[str, torch.Tensor], inputs: Sequence[torch.Tensor], view: View
-) -> tuple[torch.Tensor, ...]:
-    """[rows, hidden], by the C++ kernel; see `refused_by_cpu` for what it takes."""
-    x = inputs[0].contiguous()
-    residual = inputs[1].contiguous() if attrs.residual else torch.zeros_like(x)
-    assert attrs.norm is not None
-    names = ("gate.weight", "up.weight", "down.weight")
-    gate, up, down = (weights[name] for name in names)
-    return (_native.mlp_float32(x, weights["norm.weight"], attrs.norm.eps, gate, up, down, residual),)
+def layouts(attrs: MlpAttrs) -> dict[str, Layout]:
+    """Norms, gate and up as one matrix, and down."""
+    mlp = attrs.mlp
+    gated = mlp.gate is not None
+    inner = {"gate": mlp.gate, "up": mlp.up}
+    found = norm_layouts("norm", attrs.norm) | matrix_layouts("gate_up", inner, gated=gated)
+    return found | norm_layouts("sub", mlp.sub) | matrix_layouts("down", {"down": mlp.down})
 
 
-def refused_by_cpu(attrs: MlpAttrs, dtype: torch.dtype) -> str | None:
-    """Why the C++ kernel cannot run these attributes, or None."""
-    mlp, norm = attrs.mlp, attrs.norm
-    if dtype is not torch.float32:
-        return f"dtype {dtype} is not float32"
-    if norm is None or norm.kind is not NormKind.RMS or not norm.weight or norm.bias:
-        return "it needs an RMSNorm with gain fused in"
-    if mlp.gate is None or mlp.activation is not Activation.SILU or mlp.sub is not None:
-        return "it needs a gated SiLU MLP without a norm inside"
-    if mlp.gate.bias or mlp.up.bias or mlp.down.bias:
-        return "it has no biases"
-    return None if mlp.in_size == mlp.out_size else "its output must be as wide as its input"
+def on_cpu(attrs: MlpAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    return [native_step(attrs, node, "", node.inputs[0], node.residual(attrs.residual), node.outputs[0])]
+
+
+def native_step(
+    attrs: MlpAttrs, node: NativeNode, prefix: str, stream: int, residual: int | None, out: int
+) -> NativeStep:
+    """The step of one MLP whose weights were arranged under `prefix`, between the places given."""
+    mlp = attrs.mlp
+    hidden = mlp.up.out_features
+    gated = mlp.gate is not None
+    return node.step(
+        "mlp",
+        norm=node.norm(f"{prefix}norm", attrs.norm),
+        sub=node.norm(f"{prefix}sub", mlp.sub),
+        gate_up=node.matrix(f"{prefix}gate_up", mlp.in_size, 2 * padded(hidden) if gated else hidden),
+        down=node.matrix(f"{prefix}down", hidden, mlp.out_size),
+        gated=gated,
+        activation=str(mlp.activation),
+        input=stream,
+        residual=residual,
+        out=out,
+    )
 
 
 def forward(attrs: MlpAttrs, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pyruntime.ops import mlp
 from pyruntime.ops.attrs import Shape
+from pyruntime.ops.layout import Layout
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.step import View
 
 
@@ -46,3 +48,22 @@ def reference(
         own = {role: weights[f"{i}.{role}"] for role in part.weight_shapes()}
         x = x + mlp.forward(part, own, x)
     return (x,)
+
+
+def layouts(attrs: MlpChainAttrs) -> dict[str, Layout]:
+    """Those of part i under "i."."""
+    return {
+        f"{i}.{name}": replace(layout, sources=tuple(role and f"{i}.{role}" for role in layout.sources))
+        for i, part in enumerate(attrs.parts)
+        for name, layout in mlp.layouts(part).items()
+    }
+
+
+def on_cpu(attrs: MlpChainAttrs, node: NativeNode) -> list[NativeStep]:
+    """A step for each MLP; from the second on, the stream stays in its place."""
+    out = node.outputs[0]
+    streams = [node.inputs[0], *(out for _ in attrs.parts[1:])]
+    return [
+        mlp.native_step(part, node, f"{i}.", stream, stream, out)
+        for i, (part, stream) in enumerate(zip(attrs.parts, streams, strict=True))
+    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pyruntime.ops.attrs import Shape, norm_shapes
+from pyruntime.ops.layout import Layout, norm_layouts
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.step import View
 from pyruntime.spec import Norm, NormKind
 
@@ -42,6 +44,20 @@ def reference(
     """[rows, size]."""
     y = normalize(attrs.norm, inputs[0], weights.get("weight"), weights.get("bias"))
     return (inputs[1] + y if attrs.residual else y,)
+
+
+def layouts(attrs: NormAttrs) -> dict[str, Layout]:
+    """Gain and bias, whose roles have no prefix here."""
+    return {
+        name: replace(layout, sources=tuple(str(role).removeprefix("norm.") for role in layout.sources))
+        for name, layout in norm_layouts("norm", attrs.norm).items()
+    }
+
+
+def on_cpu(attrs: NormAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    norm, residual = node.norm("norm", attrs.norm), node.residual(attrs.residual)
+    return [node.step("norm", norm=norm, input=node.inputs[0], residual=residual, out=node.outputs[0])]
 
 
 def normalize(

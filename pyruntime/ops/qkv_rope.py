@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from pyruntime.ops.attrs import Shape, linear_flops, linear_shapes, norm_shapes
+from pyruntime.ops.layout import Layout, matrix_layouts, norm_layouts
 from pyruntime.ops.linear import project
+from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.norm import norm_of
 from pyruntime.ops.rope import rotate
 from pyruntime.ops.step import View
-from pyruntime.spec import Attention, Norm
+from pyruntime.spec import Attention, Linear, Norm
+
+# what stands in for a column of the product (steps.h)
+_NOT_COMPUTED: Final = -1
+_MERGED_AWAY: Final = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +84,46 @@ def reference(
         keys = heads("k", attention.num_kv_heads, attention.k_norm)
         view.cache.write(attrs.slot, view.slots, keys, heads("v", attention.num_kv_heads, None))
     return (heads("q", attention.num_heads, attention.q_norm).flatten(1),) if attrs.query else ()
+
+
+def _projections(attrs: QkvRopeAttrs) -> dict[str, Linear | None]:
+    """The projections that are computed, in the order of their columns; None was merged away."""
+    attention = attrs.attention
+    query = {"q": attention.q} if attrs.query else {}
+    return query | ({"k": attention.k, "v": attention.v} if attrs.cache else {})
+
+
+def layouts(attrs: QkvRopeAttrs) -> dict[str, Layout]:
+    """Norms, and one matrix of all projections."""
+    found = norm_layouts("norm", attrs.norm) | matrix_layouts("matrix", _projections(attrs))
+    if attrs.query:
+        found |= norm_layouts("q_norm", attrs.attention.q_norm)
+    return found | (norm_layouts("k_norm", attrs.attention.k_norm) if attrs.cache else {})
+
+
+def on_cpu(attrs: QkvRopeAttrs, node: NativeNode) -> list[NativeStep]:
+    """One step."""
+    attention = attrs.attention
+    columns = {"q": _NOT_COMPUTED, "k": _NOT_COMPUTED, "v": _NOT_COMPUTED}
+    outputs = 0
+    for role, linear in _projections(attrs).items():
+        columns[role] = _MERGED_AWAY if linear is None else outputs
+        outputs += 0 if linear is None else linear.out_features
+    return [
+        node.step(
+            "qkv_rope",
+            norm=node.norm("norm", attrs.norm),
+            matrix=node.matrix("matrix", attention.in_size, outputs),
+            q_norm=node.norm("q_norm", attention.q_norm) if attrs.query else None,
+            k_norm=node.norm("k_norm", attention.k_norm) if attrs.cache else None,
+            **{f"{role}_column": column for role, column in columns.items()},
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            rotary=None if attention.rope is None else node.rotary(attention.rope),
+            slot=attrs.slot,
+            cache_dtype=node.dtype_name,
+            input=node.inputs[0],
+            out=node.outputs[0] if attrs.query else None,
+        )
+    ]

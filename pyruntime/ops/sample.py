@@ -114,7 +114,7 @@ def reference(
         ("output_token_ids", output_token_ids),
         ("steps", steps),
     ):
-        _check_length(name, len(given), rows.shape[0])
+        check_length(name, len(given), rows.shape[0])
     best_values, best_ids = _row_maxima(rows)
     results = []
     for i, config in enumerate(configs):
@@ -138,8 +138,8 @@ def token_logprobs(
     are not finite gets an `error`. Raises UsageError for an id outside [0, vocab).
     """
     rows = _as_rows(logits)
-    _check_length("token_ids", len(token_ids), rows.shape[0])
-    _check_ids("token_ids", token_ids, rows.shape[1])
+    check_length("token_ids", len(token_ids), rows.shape[0])
+    check_ids("token_ids", token_ids, rows.shape[1])
     best_values, _ = _row_maxima(rows)
     results = []
     for i, token_id in enumerate(token_ids):
@@ -158,12 +158,12 @@ def _as_rows(logits: torch.Tensor) -> torch.Tensor:
     return rows if rows.dtype is torch.float64 else rows.to(torch.float32)
 
 
-def _check_length(name: str, found: int, rows: int) -> None:
+def check_length(name: str, found: int, rows: int) -> None:
     if found != rows:
         raise UsageError("SHAPE", f"sample: {name} has {found} entries; expected {rows}, one per row of logits")
 
 
-def _check_ids(name: str, ids: Sequence[int], vocab: int) -> None:
+def check_ids(name: str, ids: Sequence[int], vocab: int) -> None:
     # a negative id would silently index from the end
     if ids and (min(ids) < 0 or max(ids) >= vocab):
         raise UsageError(
@@ -213,17 +213,17 @@ def _masked(raw: torch.Tensor, config: SampleConfig) -> torch.Tensor:
     vocab = raw.shape[0]
     row = raw.clone()
     if config.allowed_token_ids is not None:
-        _check_ids("allowed_token_ids", config.allowed_token_ids, vocab)
+        check_ids("allowed_token_ids", config.allowed_token_ids, vocab)
         allowed = _index(config.allowed_token_ids, row)
         row.fill_(_NEG_INF)
         row[allowed] = raw[allowed]
     if config.logit_bias:
         ids = [token_id for token_id, _ in config.logit_bias]
-        _check_ids("logit_bias", ids, vocab)
+        check_ids("logit_bias", ids, vocab)
         bias = torch.tensor([value for _, value in config.logit_bias], dtype=row.dtype, device=row.device)
         row.index_add_(0, _index(ids, row), bias)
     if config.banned_token_ids:
-        _check_ids("banned_token_ids", config.banned_token_ids, vocab)
+        check_ids("banned_token_ids", config.banned_token_ids, vocab)
         row[_index(config.banned_token_ids, row)] = _NEG_INF
     return row
 
@@ -234,8 +234,8 @@ def _penalised(
     """Repetition (CTRL, Keskar et al. 2019, eq. 1) over prompt and output; frequency and presence over output only."""
     if not config.penalised:
         return row
-    _check_ids("prompt_token_ids", prompt, row.shape[0])
-    _check_ids("output_token_ids", output, row.shape[0])
+    check_ids("prompt_token_ids", prompt, row.shape[0])
+    check_ids("output_token_ids", output, row.shape[0])
     if config.repetition_penalty != 1.0:
         seen = _index(sorted({*prompt, *output}), row)
         values = row[seen]

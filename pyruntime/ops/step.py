@@ -73,19 +73,35 @@ class View:
         return self._rotary[rope]
 
 
-@dataclass(frozen=True, slots=True)
 class Step:
-    """Both views of one step's rows."""
+    """One step: the slices it computes one after the other, their cache, and both views of their rows.
 
-    views: dict[Rows, View]
+    The views are made when they are first asked for: a target that unpacks the slices itself needs none.
+    """
+
+    def __init__(self, slices: Sequence[SequenceSlice], cache: KvCache, device: torch.device | str) -> None:
+        self.slices = slices
+        self.cache = cache
+        self._device = device
+        self._views: dict[Rows, View] = {}
+
+    def num_rows(self, rows: Rows) -> int:
+        """Rows of a view."""
+        return sum(len(each.token_ids if rows is Rows.ALL else each.wanted) for each in self.slices)
 
     def view(self, rows: Rows) -> View:
         """The view of `rows`."""
-        return self.views[rows]
+        if not self._views:
+            self._views = _make_views(self.slices, self.cache, self._device)
+        return self._views[rows]
 
 
 def make_step(slices: Sequence[SequenceSlice], cache: KvCache, device: torch.device | str = "cpu") -> Step:
     """The step that computes `slices`, one after the other, over `cache`."""
+    return Step(slices, cache, device)
+
+
+def _make_views(slices: Sequence[SequenceSlice], cache: KvCache, device: torch.device | str) -> dict[Rows, View]:
     tokens: list[int] = []
     positions: list[int] = []
     wanted: list[int] = []
@@ -108,9 +124,7 @@ def make_step(slices: Sequence[SequenceSlice], cache: KvCache, device: torch.dev
     position = torch.tensor(positions, dtype=torch.int64, device=device)
     slot = torch.cat(slots)
     everything = torch.arange(len(tokens), device=device)
-    return Step(
-        {
-            Rows.ALL: View(token_ids, position, everything, slot, tuple(spans[Rows.ALL]), cache),
-            Rows.WANTED: View(token_ids[index], position[index], index, slot[index], tuple(spans[Rows.WANTED]), cache),
-        }
-    )
+    return {
+        Rows.ALL: View(token_ids, position, everything, slot, tuple(spans[Rows.ALL]), cache),
+        Rows.WANTED: View(token_ids[index], position[index], index, slot[index], tuple(spans[Rows.WANTED]), cache),
+    }

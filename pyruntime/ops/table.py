@@ -9,10 +9,20 @@ from typing import Any, Final
 import torch
 
 from pyruntime.ops import add, attention, embed, gather, head, linear, mlp, mlp_chain, norm, qkv_rope
+from pyruntime.ops.layout import Layout, stored
+from pyruntime.ops.native_step import NativeNode, NativeStep, refused_dtype
 from pyruntime.ops.step import View
 
 # (attrs, weights by role, input buffers, rows) -> output buffers
 Run = Callable[[Any, Mapping[str, torch.Tensor], Sequence[torch.Tensor], View], tuple[torch.Tensor, ...]]
+
+
+# (attrs, node) -> steps of the executor
+Emit = Callable[[Any, NativeNode], list[NativeStep]]
+
+
+def _as_stored(attrs: Any) -> dict[str, Layout]:
+    return {role: stored(role) for role in attrs.weight_shapes()}
 
 
 def _runs_everything(attrs: Any, dtype: torch.dtype) -> str | None:
@@ -21,29 +31,28 @@ def _runs_everything(attrs: Any, dtype: torch.dtype) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to run an op. `refuses` gives the reason why some attributes or dtype cannot be run, or None."""
+    """One way to run an op. `refuses` gives the reason why some attributes or dtype cannot be run, or None.
+
+    Exactly one of `run` (in Python, with weights as stored) and `emit` (as steps of the C++ executor, with weights
+    arranged as `layouts` says) is there.
+    """
 
     target: str
-    run: Run
+    run: Run | None = None
+    emit: Emit | None = None
+    layouts: Callable[[Any], dict[str, Layout]] = _as_stored
     refuses: Callable[[Any, torch.dtype], str | None] = _runs_everything
 
 
-_REFERENCES: Final = {
-    "embed": embed,
-    "norm": norm,
-    "qkv_rope": qkv_rope,
-    "attention": attention,
-    "linear": linear,
-    "mlp": mlp,
-    "mlp_chain": mlp_chain,
-    "add": add,
-    "gather": gather,
-    "head": head,
-}
-# no plan has the target cpu yet; tests compare what stands here with the reference
-_OTHERS: Final = {"mlp": (Implementation("cpu", mlp.on_cpu, mlp.refused_by_cpu),)}
+def _cpu(module: Any) -> Implementation:
+    return Implementation(
+        "cpu", emit=module.on_cpu, layouts=getattr(module, "layouts", _as_stored), refuses=refused_dtype
+    )
+
+
+_STEMS: Final = (embed, norm, qkv_rope, attention, linear, mlp, mlp_chain, add, gather, head)
 
 OPS: Final[dict[str, tuple[Implementation, ...]]] = {
-    name: (Implementation("reference", module.reference), *_OTHERS.get(name, ()))
-    for name, module in _REFERENCES.items()
+    module.__name__.rpartition(".")[2]: (Implementation("reference", run=module.reference), _cpu(module))
+    for module in _STEMS
 }

@@ -81,7 +81,7 @@ def test_dtype_auto_keeps_the_checkpoints(make_llama: MakeLlama, tmp_path: Path)
 def test_unknown_target_and_dtype_are_refused_by_name(make_llama: MakeLlama) -> None:
     folder, _ = make_llama()
     model = read_model(folder)
-    with pytest.raises(UsageError, match="'tpu' does not exist; expected one of reference"):
+    with pytest.raises(UsageError, match="'tpu' does not exist; expected one of auto, reference, cpu"):
         lower(build(model.spec), model, target="tpu")
     with pytest.raises(UsageError, match="'int3' is not known"):
         lower(build(model.spec), model, dtype="int3")

@@ -1,29 +1,10 @@
-// One plain struct per op: pointers, sizes, strides and the output. Kernels read these and nothing else.
+// One plain struct per CUDA op: pointers, sizes, strides and the output. Kernels read these and nothing else.
 // Only fixed-width types stand here, so that every compiled copy of a kernel sees the same layout.
 #pragma once
 
 #include <cstdint>
 
 namespace pyruntime {
-
-// out = residual + down(silu(gate(n)) * up(n)) with n = x / sqrt(mean(x^2) + eps) * norm_weight, all float32, row by
-// row. Weights are [out, in] row-major. `scratch` holds rows * (hidden + ffn) floats. `out` may be `x` or `residual`,
-// else disjoint.
-struct MlpParams {
-    const float* x;            // [rows, hidden]
-    const float* norm_weight;  // [hidden]
-    const float* gate;         // [ffn, hidden]
-    const float* up;           // [ffn, hidden]
-    const float* down;         // [hidden, ffn]
-    const float* residual;     // [rows, hidden]
-    float* scratch;            // [rows, hidden] then [rows, ffn]
-    float* out;                // [rows, hidden]
-    std::int64_t rows;
-    std::int64_t hidden;
-    std::int64_t ffn;
-    float eps;
-    std::int32_t num_threads;
-};
 
 // h = x + residual, rounded to the element type; sum_out = h; out = h / sqrt(mean(h^2) + eps) * weight.
 // `residual` and `sum_out` are null together: then it is a plain RMSNorm of x. Columns are contiguous; strides count

@@ -1,0 +1,241 @@
+"""From a graph to a plan: choose implementations, read and arrange the weights, place the buffers, fill the program."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from pyruntime.checkpoint import Model
+from pyruntime.errors import UsageError
+from pyruntime.graph import LOGITS, Graph, Node, verify
+from pyruntime.ops import _native
+from pyruntime.ops.cache import KvShape
+from pyruntime.ops.layout import Layout, arrange
+from pyruntime.ops.native_step import NativeNode, refused_dtype
+from pyruntime.ops.program import Program
+from pyruntime.ops.qkv_rope import QkvRopeAttrs
+from pyruntime.ops.step import Rows
+from pyruntime.ops.table import OPS, Implementation
+from pyruntime.plan.plan import Plan, PlanStep
+
+TARGETS: Final = ("reference", "cpu")
+DTYPES: Final = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_LOGGER: Final = logging.getLogger("pyruntime")
+
+
+def lower(
+    graph: Graph,
+    model: Model,
+    *,
+    target: str = "reference",
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """Bind `graph` to `target`: choose implementations, read the weights it needs and no other, place the buffers.
+
+    `target` "auto" is the best that runs whole plans on `device`; `dtype` "auto" keeps the checkpoint's. `progress` is
+    called with the bytes of each tensor read. Raises UsageError for an unknown target or dtype, and for a target that
+    this machine or `device` does not have.
+    """
+    verify(graph)
+    name = model.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise UsageError("DTYPE", f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
+    torch_dtype = DTYPES[name]
+    _check_device(device)
+    target, why = _target(target, torch_dtype, torch.device(device))
+    choices = [_choose(node, target, torch_dtype, why) for node in graph.nodes]
+    places = _place(graph)
+    weights = _Weights(model, torch_dtype, device, progress)
+    steps = tuple(
+        PlanStep(
+            node=node,
+            implementation=implementation,
+            reason=reason,
+            weights=weights.of(node, implementation),
+            inputs=tuple(places[buffer] for buffer in node.inputs),
+            outputs=tuple(places[buffer] for buffer in node.outputs),
+        )
+        for node, (implementation, reason) in zip(graph.nodes, choices, strict=True)
+    )
+    kv_shapes = tuple(
+        KvShape(node.attrs.attention.num_kv_heads, node.attrs.attention.head_dim)
+        for node in graph.nodes
+        if isinstance(node.attrs, QkvRopeAttrs) and node.attrs.cache
+    )
+    plan = Plan(
+        target=target,
+        dtype=torch_dtype,
+        device=torch.device(device),
+        steps=steps,
+        num_places=max(places.values()) + 1,
+        vocab_size=model.spec.vocab_size,
+        max_position=model.spec.max_position,
+        kv_shapes=kv_shapes,
+    )
+    return plan if all(step.implementation.emit is None for step in steps) else _with_program(plan, graph)
+
+
+def _target(asked: str, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """The target and why it was chosen."""
+    if asked not in ("auto", *TARGETS):
+        raise UsageError("TARGET", f"target {asked!r} does not exist; expected one of auto, {', '.join(TARGETS)}")
+    if asked == "cpu" and device.type != "cpu":
+        raise UsageError("TARGET", f"target cpu cannot run on device {device}; choose device cpu or target reference")
+    if asked != "auto":
+        return asked, "asked for"
+    if device.type != "cpu":
+        return "reference", f"auto: the one target that runs whole plans on {device}"
+    refused = refused_dtype(None, dtype)
+    if refused is not None:
+        return "reference", f"auto: target cpu refused: {refused}"
+    try:
+        _native.load()
+    except UsageError as error:
+        if error.code != "NATIVE":
+            raise
+        # said, because it is many times slower
+        _LOGGER.warning("the C++ target is missing, so PyTorch runs the plan: %s", error)
+        return "reference", "auto: pyruntime._C is not built"
+    return "cpu", "auto"
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # torch says the same thing with either, depending on how it was built
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise UsageError("DEVICE", f"device {device!r} cannot be used here ({why}); expected cpu, or cuda") from None
+
+
+def _choose(node: Node, target: str, dtype: torch.dtype, why: str) -> tuple[Implementation, str]:
+    """The target's own implementation, else the reference with the reason of each refusal."""
+    refusals: list[str] = []
+    for implementation in OPS[node.op]:
+        why_not = implementation.refuses(node.attrs, dtype)
+        if implementation.target == target and why_not is None:
+            return implementation, why
+        if implementation.target == target:
+            refusals.append(f"{target} refused: {why_not}")
+    reference = next(each for each in OPS[node.op] if each.target == "reference")
+    return reference, "; ".join(refusals) or f"{target} has no {node.op}"
+
+
+class _Weights:
+    """Reads weights and arranges them; what two nodes want in the same layout is made once."""
+
+    def __init__(self, model: Model, dtype: torch.dtype, device: str, progress: Callable[[int], None] | None) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+        self._made: dict[Layout, torch.Tensor] = {}
+        self._counted: set[str] = set()
+
+    def of(self, node: Node, implementation: Implementation) -> dict[str, torch.Tensor]:
+        """The weights of a node, as its implementation wants them."""
+        names = dict(node.weights)
+        found = {}
+        for role, layout in implementation.layouts(node.attrs).items():
+            key = layout.named(names)
+            if key not in self._made:
+                sources = [None if name is None else self._read(name) for name in key.sources]
+                self._made[key] = arrange(key, sources)
+            found[role] = self._made[key]
+        return found
+
+    def _read(self, name: str) -> torch.Tensor:
+        weight = self._model.weights[name]
+        tensor = weight.read().to(device=self._device, dtype=self._dtype)
+        if self._progress is not None and name not in self._counted:
+            self._progress(weight.num_bytes)
+        self._counted.add(name)
+        return tensor
+
+
+def _place(graph: Graph) -> dict[str, int]:
+    """A place for every buffer; a place is free again behind the last node that reads it. Logits have the last one."""
+    consumers = graph.consumers()
+    last_use = {buffer: nodes[-1].name for buffer, nodes in consumers.items()}
+    places: dict[str, int] = {}
+    free: list[int] = []
+    count = 0
+    for node in graph.nodes:
+        # outputs first: an op may not write over what it still reads
+        for buffer in node.outputs:
+            if free and buffer != LOGITS:
+                places[buffer] = free.pop()
+            else:
+                places[buffer] = count
+                count += 1
+        free.extend(places[b] for b in dict.fromkeys(node.inputs) if last_use[b] == node.name)
+    return places
+
+
+@dataclass(slots=True)
+class _Emitter:
+    """Fills a program with the steps of the nodes that C++ runs."""
+
+    program: Program
+    dtype: torch.dtype
+
+    def emit(self, step: PlanStep) -> PlanStep:
+        """The plan step with its place in the program."""
+        if step.implementation.emit is None:
+            return step
+        wanted = step.node.rows is Rows.WANTED
+        node = NativeNode(
+            weights=step.weights,
+            inputs=step.inputs,
+            outputs=step.outputs,
+            wanted=wanted,
+            dtype=self.dtype,
+            rotary=lambda rope: self.program.rotary(rope, wanted),
+        )
+        begin = self.program.num_steps
+        for native in step.implementation.emit(step.node.attrs, node):
+            self.program.add(native, list(step.weights.values()))
+        return replace(step, native=(begin, self.program.num_steps))
+
+
+def _with_program(plan: Plan, graph: Graph) -> Plan:
+    """The plan with a program for the steps that C++ runs."""
+    program = Program(
+        _native.load(), vocab_size=plan.vocab_size, num_slots=len(plan.kv_shapes), widths=_widths(plan, graph)
+    )
+    emitter = _Emitter(program, plan.dtype)
+    steps = tuple(emitter.emit(step) for step in plan.steps)
+    return replace(plan, steps=steps, program=program, segments=tuple(_segments(steps)))
+
+
+def _segments(steps: Sequence[PlanStep]) -> list[tuple[PlanStep, ...]]:
+    found: list[tuple[PlanStep, ...]] = []
+    for native, neighbours in itertools.groupby(steps, lambda step: step.native is not None):
+        run = tuple(neighbours)
+        found.extend([run] if native else [(step,) for step in run])
+    return found
+
+
+def _widths(plan: Plan, graph: Graph) -> list[tuple[int, int]]:
+    """Values per row that each place must hold, for all rows and for wanted rows."""
+    rows: Mapping[str, Rows] = {buffer: node.rows for node in graph.nodes for buffer in node.outputs}
+    widths = graph.widths()
+    found = [[0, 0] for _ in range(plan.num_places)]
+    for step in plan.steps:
+        for place, buffer in zip(step.outputs, step.node.outputs, strict=True):
+            view = int(rows[buffer] is Rows.WANTED)
+            found[place][view] = max(found[place][view], widths[buffer])
+    # the logits' own memory comes with each run
+    return [(all_rows, wanted) for all_rows, wanted in found]
