@@ -6,16 +6,21 @@ python benchmarks/models/bench_drops.py examples/novels-5m --drop-attn last:2 --
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import subprocess
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from pyruntime import PyruntimeError
-from pyruntime.bench import Comparison, check_plan, compare_plans, decode_case, machine, prefill_case, read_bandwidth
-from pyruntime.checkpoint.atomic import write_text
+from pyruntime.bench import (
+    Ceilings,
+    Comparison,
+    check_plan,
+    compare_plans,
+    decode_case,
+    prefill_case,
+    save_results,
+)
 from pyruntime.engine.load import DropOptions, Loaded, load
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -37,7 +42,7 @@ def main() -> int:
         print(error.one_line(), file=sys.stderr)
         return error.exit_code
     if not arguments.no_save:
-        save(rows)
+        print(f"written to {save_results(rows, RESULTS, 'drops')}")
     return 0
 
 
@@ -46,12 +51,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     dense = loaded(arguments, None)
     cases = [decode_case(1, arguments.context), decode_case(8, arguments.context), prefill_case(arguments.context)]
     rows = []
+    probe = Ceilings().probe(dense.plan.dtype)
     print(f"{'drop':<14} {'step':<34} {'predicted':>9} {'measured':>9} {'of read bandwidth':>18}")
     for pattern in arguments.drop_attn:
         pruned = loaded(arguments, pattern)
-        ceiling = read_bandwidth()
-        for each in compare_plans(dense.plan, pruned.plan, cases, arguments.repeats):
-            row = as_row(each, pruned, (ceiling + read_bandwidth()) / 2)
+        for each in compare_plans(dense.plan, pruned.plan, cases, arguments.repeats, probe):
+            row = as_row(each, pruned)
             rows.append({**row, "pattern": pattern})
             print(
                 f"{pattern:<14} {each.case.name:<34} {each.predicted:>8.2f}x {each.measured:>8.2f}x "
@@ -67,11 +72,12 @@ def loaded(arguments: argparse.Namespace, pattern: str | None) -> Loaded:
     return found
 
 
-def as_row(each: Comparison, pruned: Loaded, ceiling: float) -> dict[str, Any]:
+def as_row(each: Comparison, pruned: Loaded) -> dict[str, Any]:
     """One comparison, JSON-ready."""
     cost = pruned.plan.total_cost(each.case.work)
     return {
         "case": each.case.name,
+        "target": pruned.plan.target,
         "drop_attn_list": list(pruned.model.spec.dropped("attention")),
         "dtype": str(pruned.plan.dtype).removeprefix("torch."),
         "predicted": each.predicted,
@@ -80,20 +86,9 @@ def as_row(each: Comparison, pruned: Loaded, ceiling: float) -> dict[str, Any]:
         "pruned_seconds": each.pruned.seconds,
         "bytes": cost.num_bytes,
         "flops": cost.flops,
-        "read_bandwidth_bytes_per_second": ceiling,
-        "fraction_of_read_bandwidth": cost.num_bytes / each.pruned.median / ceiling,
+        "read_bandwidth_bytes_per_second": statistics.median(c.read_bandwidth for c in each.pruned.ceilings),
+        "fraction_of_read_bandwidth": statistics.median(each.pruned.fractions_of_read(cost.num_bytes)),
     }
-
-
-def save(rows: list[dict[str, Any]]) -> None:
-    """Write one JSON with the rows, the machine, the commit and the command."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    now = datetime.datetime.now(datetime.UTC)
-    about = {"commit": commit.stdout.strip(), "command": sys.argv, "time": now.isoformat(timespec="seconds")}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{now:%Y-%m-%d}-{about['commit'] or 'unknown'}-drops.json"
-    write_text(path, json.dumps({**about, "machine": machine(), "rows": rows}, indent=1) + "\n")
-    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,19 @@ def machine() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         **{package: _version(package) for package in _PACKAGES},
     }
+
+
+def commit() -> str:
+    """Commit of the checkout that the package runs from, "-dirty" behind it where files differ; "" without one."""
+    root = Path(pyruntime.__file__).resolve().parents[1]
+    # a folder of packages may lie inside somebody else's repository
+    if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
+        return ""
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def environment() -> dict[str, str]:

@@ -24,10 +24,10 @@ def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, 
         "drop_mlp_list": list(spec.dropped("mlp")),
         "plan_steps": len(graph.nodes),
         "dense_plan_steps": len(dense_graph.nodes),
-        "num_weights": _num_weights(spec),
-        "dense_num_weights": _num_weights(dense),
-        "weight_bytes": _num_weights(spec) * itemsize,
-        "dense_weight_bytes": _num_weights(dense) * itemsize,
+        "num_weights": num_weights(spec),
+        "dense_num_weights": num_weights(dense),
+        "weight_bytes": num_weights(spec) * itemsize,
+        "dense_weight_bytes": num_weights(dense) * itemsize,
         "kv_bytes_per_token": kv_values_per_token(spec) * itemsize,
         "dense_kv_bytes_per_token": kv_values_per_token(dense) * itemsize,
         "max_position": spec.max_position,
@@ -119,7 +119,8 @@ def _bytes(count: int) -> str:
     return f"{count} B" if count < 10_000 else f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
-def _num_weights(spec: ModelSpec) -> int:
+def num_weights(spec: ModelSpec) -> int:
+    """Values of all weights; a head that is tied to the embedding counts once."""
     return sum(math.prod(shape) for shape in weight_shapes(spec).values())
 
 

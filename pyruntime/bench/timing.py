@@ -1,4 +1,4 @@
-"""Times worth quoting: warmed up, interleaved where two are compared, as medians with their spread."""
+"""Timing: warmed up, interleaved where two are compared, each sample beside the ceilings read before and after it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,31 @@ _CPU: Final = torch.device("cpu")
 _BANDWIDTH_BYTES: Final = 1 << 28
 # rows and columns: large enough for the best rate, small enough for half precision on a CPU, which can be very slow
 _MATMUL_SIDE: Final = {"cpu": 512, "cuda": 8192}
+# a run shorter than this is done once untimed behind a reading, which has emptied the caches that it would find full
+_SHORT_SECONDS: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What the machine could do at one moment: bytes read per second, floating-point operations per second."""
+
+    read_bandwidth: float
+    multiply_rate: float
+
+    def mean(self, other: Ceiling) -> Ceiling:
+        """Halfway between two readings."""
+        return Ceiling((self.read_bandwidth + other.read_bandwidth) / 2, (self.multiply_rate + other.multiply_rate) / 2)
+
+
+Probe = Callable[[], Ceiling]
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Seconds of repeated runs."""
+    """Seconds of repeated runs; where a probe stood between them, the ceiling around each of them too."""
 
     seconds: tuple[float, ...]
+    ceilings: tuple[Ceiling, ...] = ()
 
     @property
     def median(self) -> float:
@@ -29,42 +47,86 @@ class Samples:
 
     def percentile(self, percent: float) -> float:
         """The value that `percent` of the samples do not exceed, between neighbours by a straight line."""
-        ordered = sorted(self.seconds)
-        place = (len(ordered) - 1) * percent / 100
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+        return percentile(self.seconds, percent)
 
     def spread(self) -> str:
         """p20 to p80 in milliseconds."""
         return f"{self.percentile(20) * 1e3:.2f}-{self.percentile(80) * 1e3:.2f} ms"
 
+    def fractions_of_read(self, num_bytes: float) -> tuple[float, ...]:
+        """For each sample, the part of the read bandwidth around it that moving `num_bytes` took.
 
-def interleaved(runs: Sequence[Callable[[], object]], repeats: int, warmup: int = 2) -> tuple[Samples, ...]:
-    """Run all of `runs` in turn, `repeats` times after `warmup` rounds: what disturbs one disturbs the others too."""
+        Their median stands where other programs slow the machine down for a while: they slow both down. Above 1, a part
+        of the bytes came from a cache.
+        """
+        return tuple(
+            num_bytes / seconds / each.read_bandwidth for seconds, each in zip(self.seconds, self.ceilings, strict=True)
+        )
+
+    def fractions_of_multiply(self, flops: float) -> tuple[float, ...]:
+        """For each sample, the part of the multiply rate around it that `flops` operations took."""
+        return tuple(
+            flops / seconds / each.multiply_rate for seconds, each in zip(self.seconds, self.ceilings, strict=True)
+        )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that `percent` of `values` do not exceed, between neighbours by a straight line."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def interleaved(
+    runs: Sequence[Callable[[], object]], repeats: int, warmup: int = 2, probe: Probe | None = None
+) -> tuple[Samples, ...]:
+    """Run all of `runs` in turn, `repeats` times after `warmup` rounds: what disturbs one disturbs the others too.
+
+    With a `probe`, each sample carries the mean of the readings right before and after it.
+    """
+    last = [float("inf")] * len(runs)
     for _ in range(warmup):
-        for run in runs:
-            run()
-    seconds: list[list[float]] = [[] for _ in runs]
+        last = [_seconds(run) for run in runs]
+    timers = [_timer(run, seconds, probe is not None) for run, seconds in zip(runs, last, strict=True)]
+    return sampled(timers, repeats, probe)
+
+
+def sampled(timers: Sequence[Callable[[], float]], repeats: int, probe: Probe | None = None) -> tuple[Samples, ...]:
+    """Call all of `timers` in turn, `repeats` times; each returns the seconds of one sample.
+
+    With a `probe`, each sample carries the mean of the readings right before and after it.
+    """
+    seconds: list[list[float]] = [[] for _ in timers]
+    ceilings: list[list[Ceiling]] = [[] for _ in timers]
+    before = None if probe is None else probe()
     for _ in range(repeats):
-        for own, run in zip(seconds, runs, strict=True):
-            begin = time.perf_counter()
-            run()
-            own.append(time.perf_counter() - begin)
-    return tuple(Samples(tuple(own)) for own in seconds)
+        for i, timer in enumerate(timers):
+            seconds[i].append(timer())
+            if probe is not None and before is not None:
+                after = probe()
+                ceilings[i].append(before.mean(after))
+                before = after
+    return tuple(Samples(tuple(own), tuple(around)) for own, around in zip(seconds, ceilings, strict=True))
 
 
 def read_bandwidth(device: torch.device = _CPU, repeats: int = 5) -> float:
-    """Bytes per second at which the device's memory can be read, best of `repeats` sums over 256 MiB."""
+    """Bytes per second at which torch sums up the device's memory, best of `repeats` sums over 256 MiB."""
     data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
-    return _BANDWIDTH_BYTES / _best(data.sum, device, repeats)
+    return _BANDWIDTH_BYTES / best(data.sum, device, repeats)
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device = _CPU, repeats: int = 20) -> float:
     """Floating-point operations per second that torch's matrix product reaches in `dtype`, best of `repeats`."""
-    side = _MATMUL_SIDE.get(device.type, _MATMUL_SIDE["cpu"])
+    side = matmul_side(device)
     data = torch.ones((side, side), dtype=dtype, device=device)
-    return 2 * side**3 / _best(lambda: data @ data, device, repeats)
+    return 2 * side**3 / best(lambda: data @ data, device, repeats)
+
+
+def matmul_side(device: torch.device) -> int:
+    """Rows and columns of the product that is timed."""
+    return _MATMUL_SIDE.get(device.type, _MATMUL_SIDE["cpu"])
 
 
 def wait_for(device: torch.device) -> None:
@@ -73,9 +135,30 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _best(compute: Callable[[], object], device: torch.device, repeats: int) -> float:
+def best(compute: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of the fastest of `repeats` runs of `compute` on the device."""
+
     def run() -> None:
         compute()
         wait_for(device)
 
     return min(interleaved([run], repeats)[0].seconds)
+
+
+def _timer(run: Callable[[], object], last: float, refill: bool) -> Callable[[], float]:
+    """A function that gives the seconds of one `run`, which took `last` before; `refill`: once untimed where short."""
+
+    def timed() -> float:
+        nonlocal last
+        if refill and last < _SHORT_SECONDS:
+            run()
+        last = _seconds(run)
+        return last
+
+    return timed
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin

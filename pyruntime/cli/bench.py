@@ -1,9 +1,11 @@
-"""`pyruntime bench`: latency and throughput of requests, and speed of bare steps."""
+"""`pyruntime bench`: latency and throughput of requests, speed of bare steps, and the shapes that can be measured."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +15,22 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from pyruntime.bench import GateResult, RequestLoad, bench_forward, bench_latency, bench_throughput
+from pyruntime.bench import (
+    ForwardLoad,
+    GateResult,
+    RequestLoad,
+    bench_forward,
+    bench_latency,
+    bench_throughput,
+    load_shape,
+    num_weights,
+    shape_names,
+    shape_spec,
+)
 from pyruntime.checkpoint.atomic import check_writable, write_text
 from pyruntime.cli import options as o
 from pyruntime.engine.load import load
+from pyruntime.errors import UsageError
 
 bench_app = typer.Typer(
     name="bench", help="Measure speed; results are checked against the reference first.", no_args_is_help=True
@@ -62,6 +76,7 @@ def latency(
                 f"{percent}% percentile latency: {value:.4f} seconds"
                 for percent, value in result["percentiles"].items()
             ),
+            f"Latency p20 / p50 / p80: {_three(result, 'latency')} seconds",
             _moved(result),
         ]
     )
@@ -74,6 +89,7 @@ def throughput(
     input_len: InputLen = 32,
     output_len: OutputLen = 128,
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 32,
+    num_iters: Annotated[int, typer.Option("--num-iters", help="Rounds; the median counts.", min=1)] = 1,
     drop_attn: o.DropAttn = None,
     drop_mlp: o.DropMlp = None,
     drop_block: o.DropBlock = None,
@@ -89,27 +105,47 @@ def throughput(
     drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
     loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
     requests = RequestLoad(num_prompts=num_prompts, input_len=input_len, output_len=output_len)
-    with _bar(num_prompts, as_json) as bar:
-        result = bench_throughput(loaded, requests, bar.update)
+    with _bar(num_prompts * num_iters, as_json) as bar:
+        result = bench_throughput(loaded, requests, num_iters, bar.update)
     text = (
         f"{_gate(result)}\nThroughput: {result['requests_per_second']:.2f} requests/s, "
         f"{result['tokens_per_second']:.2f} total tokens/s, {result['output_tokens_per_second']:.2f} output tokens/s\n"
-        f"{_moved(result)}"
+        f"Seconds p20 / p50 / p80: {_three(result, 'elapsed_time')}\n{_moved(result)}"
     )
     _report(result, text, as_json, output_json)
 
 
+class Output(StrEnum):
+    """How `forward` prints: llama-bench's table, one as wide as a terminal, or JSON."""
+
+    MD = "md"
+    TABLE = "table"
+    JSON = "json"
+
+
 @bench_app.command()
 def forward(
-    model: o.Model,
-    prompt_len: Annotated[
-        list[int] | None, typer.Option("-p", "--prompt-len", help="Prefill length; may be repeated.")
+    model: Annotated[str | None, typer.Argument(help="Folder of the model, or a Hub id.", show_default=False)] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape", help="Random weights of a published shape instead of MODEL; `bench shapes` lists them."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of the decode step.", min=1)] = 1,
+    prompt_len: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", "--n-prompt", "--prompt-len", help="Prefill lengths: 128,512; 0 leaves it out (default: 128)"
+        ),
+    ] = None,
+    num_new: Annotated[int, typer.Option("-n", "--n-gen", help="Decode steps in a row; 0 leaves them out.")] = 16,
+    batch_size: Annotated[
+        list[str] | None, typer.Option("-b", "--batch-size", help="Rows of a decode step: 1,8 (default: 1)")
+    ] = None,
     context: Annotated[
-        int, typer.Option("-d", "--depth", help="Tokens in the cache before the decode step.", min=0)
-    ] = 128,
-    repeats: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 20,
+        int, typer.Option("-d", "--n-depth", "--depth", help="Tokens in the cache before decoding.")
+    ] = 0,
+    repeats: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 10,
     drop_attn: o.DropAttn = None,
     drop_mlp: o.DropMlp = None,
     drop_block: o.DropBlock = None,
@@ -117,17 +153,123 @@ def forward(
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
     device: o.Device = "cpu",
+    output: Annotated[Output, typer.Option("-o", "--output", help="md is llama-bench's table.")] = Output.MD,
     as_json: o.Json = False,
     output_json: OutputJson = None,
 ) -> None:
-    """Tokens per second of bare steps: prefill (pp) and decode (tg), beside the bytes they must move."""
+    """Tokens per second of bare steps: prefill (pp) and decode (tg), beside bytes, operations and ceilings."""
     _check_output(output_json)
+    tests = ForwardLoad(
+        prompt_lens=_numbers("--prompt-len", prompt_len, 128),
+        num_new=num_new,
+        batch_sizes=_numbers("--batch-size", batch_size, 1),
+        depth=context,
+    )
     drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
-    loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
-    results = bench_forward(loaded, prompt_len or [128], batch_size, context, repeats)
-    if not as_json:
+    if (model is None) == (shape is None):
+        found = "neither MODEL nor --shape was" if model is None else "both MODEL and --shape were"
+        raise UsageError("MODEL", f"{found} given; expected one of them")
+    if shape is not None:
+        loaded = load_shape(shape, drops=drops, dtype=dtype, target=target, device=device)
+    elif model is not None:
+        loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
+    results = bench_forward(loaded, tests, repeats, shape)
+    as_json = as_json or output is Output.JSON
+    if output is Output.TABLE and not as_json:
         Console().print(_forward_table(results))
-    _report(results, _gate(results[0]), as_json, output_json)
+    lines = [] if output is Output.TABLE else [*_markdown(results), ""]
+    _report(results, "\n".join([*lines, _gate(results[0]), _ceilings(results)]), as_json, output_json)
+
+
+@bench_app.command()
+def shapes(as_json: o.Json = False) -> None:
+    """List the published shapes that `forward --shape` knows."""
+    facts: list[dict[str, Any]] = []
+    for name in shape_names():
+        spec = shape_spec(name)
+        facts.append(
+            {
+                "name": name,
+                "n_layer": len(spec.layers),
+                "n_params": num_weights(spec),
+                "max_position": spec.max_position,
+            }
+        )
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for each in facts:
+        size, params = _gibibytes(2 * each["n_params"]), _count(each["n_params"])
+        print(f"{each['name']:<16} {params:>9} {size:>11} in bfloat16  {each['n_layer']} layers")
+
+
+def _numbers(option: str, texts: Sequence[str] | None, default: int) -> tuple[int, ...]:
+    """What an option says, which may be repeated and hold several numbers between commas."""
+    if not texts:
+        return (default,)
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    for part in parts:
+        if not part.removeprefix("-").isdecimal():
+            raise UsageError("BENCH", f"{option} has {part!r}; expected whole numbers, such as 128 or 128,512")
+    return tuple(int(part) for part in parts)
+
+
+def _markdown(results: Sequence[dict[str, Any]]) -> list[str]:
+    """llama-bench's columns, then ours; columns are padded, and never cut."""
+    rows = [_row(result) for result in results]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    left = ("model", "backend")
+
+    def line(row: dict[str, str]) -> str:
+        cells = (row[name].ljust(width) if name in left else row[name].rjust(width) for name, width in widths.items())
+        return f"| {' | '.join(cells)} |"
+
+    rule = "|".join("-" * (width + 2) if name in left else "-" * (width + 1) + ":" for name, width in widths.items())
+    return [line({name: name for name in widths}), f"|{rule}|", *map(line, rows)]
+
+
+def _row(result: dict[str, Any]) -> dict[str, str]:
+    """One line of the table, by column."""
+    return {
+        "model": f"{result['model_type']} {Path(result['model_filename']).name} {result['dtype']}",
+        "size": _gibibytes(result["model_size"]),
+        "params": _count(result["model_n_params"]),
+        "backend": result["target"] if result["device"] == "cpu" else f"{result['target']} {result['device']}",
+        "threads": str(result["n_threads"]),
+        "test": result["test"],
+        "t/s": f"{result['avg_ts']:.2f} ± {result['stddev_ts']:.2f}",
+        "p20 / p50 / p80": " / ".join(_rate(result[f"{name}_ts"]) for name in ("p20", "median", "p80")),
+        "dropped": f"{len(result['drop_attn_list'])} attn, {len(result['drop_mlp_list'])} mlp",
+        "KV B/token": str(result["kv_bytes_per_token"]),
+        "MB": f"{result['bytes'] / 1e6:.1f}",
+        "GFLOP": f"{result['flops'] / 1e9:.2f}",
+        "of ceiling": _of_ceiling(result),
+    }
+
+
+def _of_ceiling(result: dict[str, Any]) -> str:
+    """A prompt is bound by multiplying, new tokens by reading."""
+    if result["n_prompt"]:
+        return f"{result['fraction_of_matmul_rate']:.1%} multiply"
+    return f"{result['fraction_of_read_bandwidth']:.1%} read"
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def _ceilings(results: Sequence[dict[str, Any]]) -> str:
+    """The ceilings around all samples, and what measured them."""
+    first = results[0]
+    ranges = []
+    for name, unit in (("read_bandwidth", "GB/s"), ("multiply_rate", "GFLOP/s")):
+        values = [value / 1e9 for result in results for value in result[f"samples_{name}"]]
+        ranges.append(f"{min(values):.1f}-{max(values):.1f} {unit}")
+    return f"ceilings: read {ranges[0]} ({first['read_probe']}), multiply {ranges[1]} ({first['multiply_probe']})"
 
 
 def _rate(per_second: float) -> str:
@@ -135,16 +277,14 @@ def _rate(per_second: float) -> str:
     return f"{per_second:.0f}" if per_second >= 1000 else f"{per_second:.1f}"
 
 
-def _forward_table(results: list[dict[str, Any]]) -> Table:
+def _forward_table(results: Sequence[dict[str, Any]]) -> Table:
     first = results[0]
     table = Table(
         title=f"{first['model_type']} {first['dtype']} on {first['target']}, {first['device']}",
-        caption=f"read bandwidth {first['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"matmul rate {first['matmul_flops_per_second'] / 1e9:.1f} GFLOP/s",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for column in ("test", "t/s", "p20-p80", "MB", "MFLOP", "of read", "of matmul"):
+    for column in ("test", "t/s", "p20-p80", "MB", "MFLOP", "of read", "of multiply"):
         # a figure is never cut, whatever the width
         table.add_column(column, justify="left" if column == "test" else "right", overflow="fold")
     for result in results:
@@ -166,6 +306,10 @@ def _bar(total: int, as_json: bool) -> Any:
 
 def _gate(result: dict[str, Any]) -> str:
     return GateResult(result["gate_nmse"], result["gate_limit"], result["gate_oracle"]).line()
+
+
+def _three(result: dict[str, Any], name: str) -> str:
+    return " / ".join(f"{result[f'p{percent}_{name}']:.4f}" for percent in (20, 50, 80))
 
 
 def _moved(result: dict[str, Any]) -> str:

@@ -17,12 +17,10 @@ from safetensors import safe_open
 
 import pyruntime
 from pyruntime import DropPlan, env
-from pyruntime.bench import timing
 from pyruntime.cli.main import run
-from pyruntime.graph import SequenceWork
 from pyruntime.passes.drop import save_drop_plan
 from tests.generation import byte_level_bpe, greedy
-from tests.helpers import make_plan, without
+from tests.helpers import without
 
 TextModel = tuple[Path, Any]
 Capture = pytest.CaptureFixture[str]
@@ -176,104 +174,6 @@ def test_inspect_reports_what_each_pass_did(capsys: Capture, text_model: TextMod
     assert "drop (asked for) removed 2 sublayers; saved " in line
     assert line.endswith("64 B of KV cache per token; attention 2 was gone already")
     assert json.loads(succeed(capsys, "inspect", folder, "--json"))["reports"] == []
-
-
-# bench
-
-
-@pytest.fixture
-def small_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sum that measures the machine reads a megabyte, not a quarter of a gigabyte."""
-    monkeypatch.setattr(timing, "_BANDWIDTH_BYTES", 1 << 20)
-
-
-SHARED_FIELDS = (
-    "model_filename model_type model_size dtype target n_layer drop_attn_list drop_mlp_list plan_steps "
-    "kv_bytes_per_token gate_nmse gate_limit gate_oracle device test_time command "
-    "cpu_info gpu_info num_cores torch python pyruntime"
-).split()
-
-
-def check_shared(found: dict[str, Any], folder: Path) -> None:
-    assert set(SHARED_FIELDS) <= set(found)
-    assert found["model_filename"] == str(folder)
-    assert (found["n_layer"], found["drop_attn_list"], found["dtype"]) == (4, [1], "float32")
-    assert 0 <= found["gate_nmse"] <= found["gate_limit"]
-
-
-def check_moved(found: dict[str, Any], folder: Path, seconds: float, num_prompts: int) -> None:
-    """The whole load of prompts of four tokens, three new tokens each: the prompts, then two decode steps."""
-    plan = make_plan(folder, DropPlan(attention=(1,)))
-    costs = [plan.total_cost([SequenceWork(0, 4)] * num_prompts)]
-    costs += [plan.decode_cost(num_prompts, context) for context in (4, 5)]
-    assert found["bytes"] == sum(cost.num_bytes for cost in costs)
-    assert found["flops"] == sum(cost.flops for cost in costs)
-    bandwidth = found["read_bandwidth_bytes_per_second"]
-    assert found["fraction_of_read_bandwidth"] == pytest.approx(found["bytes"] / seconds / bandwidth)
-
-
-@pytest.mark.usefixtures("small_ceiling")
-def test_bench_latency(capsys: Capture, text_model: TextModel, tmp_path: Path) -> None:
-    sizes = ["--input-len", 4, "--output-len", 3, "--batch-size", 2, "--num-iters", 3, "--num-iters-warmup", 1]
-    command = ["bench", "latency", text_model[0], *sizes, "--drop-attn", "1", "--output-json", tmp_path / "out.json"]
-    found = json.loads(succeed(capsys, *command, "--json"))
-    check_shared(found, text_model[0])
-    assert json.loads((tmp_path / "out.json").read_text()) == found
-    assert len(found["latencies"]) == 3
-    assert found["avg_latency"] == pytest.approx(sum(found["latencies"]) / 3)
-    assert list(found["percentiles"]) == ["10", "25", "50", "75", "90", "99"]
-    assert found["percentiles"]["50"] == sorted(found["latencies"])[1]
-    assert (found["input_len"], found["output_len"]) == (4, 3)
-    check_moved(found, text_model[0], found["percentiles"]["50"], 2)
-    text = succeed(capsys, *command)
-    assert text.startswith("gate: NMSE ")
-    assert "Avg latency: " in text
-    assert f"Must move {found['bytes'] / 1e6:.2f} MB and compute {found['flops'] / 1e6:.1f} MFLOP: " in text
-
-
-@pytest.mark.usefixtures("small_ceiling")
-def test_bench_throughput(capsys: Capture, text_model: TextModel) -> None:
-    sizes = ["--input-len", 4, "--output-len", 3, "--num-prompts", 5]
-    command = ["bench", "throughput", text_model[0], *sizes, "--drop-attn", "1"]
-    found = json.loads(succeed(capsys, *command, "--json"))
-    check_shared(found, text_model[0])
-    assert (found["num_requests"], found["total_num_tokens"]) == (5, 35)
-    assert found["requests_per_second"] == pytest.approx(5 / found["elapsed_time"])
-    assert found["tokens_per_second"] == pytest.approx(35 / found["elapsed_time"])
-    assert found["output_tokens_per_second"] == pytest.approx(15 / found["elapsed_time"])
-    check_moved(found, text_model[0], found["elapsed_time"], 5)
-    gate, line, moved = succeed(capsys, *command).splitlines()
-    assert gate.startswith("gate: NMSE ")
-    assert line.startswith("Throughput: ")
-    assert line.endswith(" output tokens/s")
-    assert moved.startswith("Must move ")
-
-
-@pytest.mark.usefixtures("small_ceiling")
-def test_bench_forward(capsys: Capture, text_model: TextModel) -> None:
-    command = ["bench", "forward", text_model[0], "-p", 6, "-p", 9, "--batch-size", 2, "-d", 11, "-r", 4]
-    results = json.loads(succeed(capsys, *command, "--drop-attn", "1", "--json"))
-    assert [each["test"] for each in results] == ["pp6", "pp9", "tg1 b2 @ d11"]
-    for found, num_tokens in zip(results, (6, 9, 2), strict=True):
-        check_shared(found, text_model[0])
-        assert len(found["samples_ns"]) == 4
-        assert found["avg_ns"] == pytest.approx(sum(found["samples_ns"]) / 4, abs=1)
-        middle = sum(sorted(found["samples_ns"])[1:3]) / 2
-        assert found["median_ts"] == pytest.approx(num_tokens / middle * 1e9, rel=1e-3)
-        assert found["p20_ts"] <= found["median_ts"] <= found["p80_ts"]
-        # every weight but the embedding is read at least once
-        weights = sum(stored_sizes(text_model[0]).values()) * 4
-        assert found["bytes"] > weights / 2
-        bandwidth, matmul = found["read_bandwidth_bytes_per_second"], found["matmul_flops_per_second"]
-        seconds = num_tokens / found["median_ts"]
-        assert found["fraction_of_read_bandwidth"] == pytest.approx(found["bytes"] / seconds / bandwidth)
-        assert found["fraction_of_matmul_rate"] == pytest.approx(found["flops"] / seconds / matmul)
-    text = succeed(capsys, *command)
-    assert "pp6" in text
-    assert "of read" in text
-    assert "of matmul" in text
-    # nothing is cut at the 80 columns of a pipe
-    assert "…" not in text
 
 
 # the rest

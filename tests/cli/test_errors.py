@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pyruntime.bench import ceilings
 from pyruntime.cli.main import run
 from pyruntime.engine.engine import Engine
 
@@ -52,10 +53,22 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "no model": (["inspect"], "USAGE]: Missing"),
     "not a number": (["generate", "MODEL", "a", "--max-tokens", "many"], "USAGE]: Invalid value for '--max-tokens'"),
     "bench too long": (["bench", "latency", "MODEL", "--input-len", 60, "--output-len", 5], "60 and output_len 5"),
-    "prefill of nothing": (["bench", "forward", "MODEL", "-p", 0], "prompt_len is 0; the model holds 1 to 64"),
-    "prefill backwards": (["bench", "forward", "MODEL", "-p", -3], "prompt_len is -3"),
-    "prefill too long": (["bench", "forward", "MODEL", "-p", 65], "prompt_len is 65"),
-    "depth too long": (["bench", "forward", "MODEL", "-p", 4, "-d", 64], "depth + 1 is 65"),
+    "prefill backwards": (["bench", "forward", "MODEL", "-p", -3], "prompt_len is -3; expected 0 to 64"),
+    "prefill too long": (["bench", "forward", "MODEL", "-p", "4,65"], "prompt_len is 65; expected 0 to 64; the model"),
+    "prefill of text": (["bench", "forward", "MODEL", "-p", "4,x"], "--prompt-len has 'x'; expected whole numbers"),
+    "prefill of no text": (["bench", "forward", "MODEL", "-p", "4,"], "--prompt-len has ''"),
+    "nothing to measure": (["bench", "forward", "MODEL", "-p", 0, "-n", 0], "nothing is left to measure"),
+    "depth too long": (["bench", "forward", "MODEL", "-n", 2, "-d", 63, "-p", 4], "depth + n_gen is 65"),
+    "depth backwards": (["bench", "forward", "MODEL", "-d", -1, "-p", 4], "depth is -1"),
+    "new tokens backwards": (["bench", "forward", "MODEL", "-n", -1, "-p", 4], "n_gen is -1"),
+    "batch of nothing": (["bench", "forward", "MODEL", "-b", "8,0", "-p", 4], "batch_size is 0; expected 1 to 4096"),
+    "batch of text": (["bench", "forward", "MODEL", "-b", "1;8"], "--batch-size has '1;8'"),
+    "bench of nothing": (["bench", "forward"], "MODEL]: neither MODEL nor --shape was given"),
+    "bench of two": (["bench", "forward", "MODEL", "--shape", "x"], "MODEL]: both MODEL and --shape were given"),
+    "shape": (["bench", "forward", "--shape", "x"], "SHAPE]: shape 'x' does not exist; expected one of llama-2-13b"),
+    "shape dtype": (["bench", "forward", "--shape", "smollm2-135m", "--dtype", "int4"], "DTYPE]: dtype 'int4'"),
+    "shape layer": (["bench", "forward", "--shape", "smollm2-135m", "--drop-attn", "30"], "DROP]: layer 30 does not"),
+    "output": (["bench", "forward", "MODEL", "-o", "xml"], "USAGE]: Invalid value for '-o'"),
 }
 
 
@@ -207,6 +220,20 @@ def test_no_memory_exits_with_7(capsys: Capture, text_model: TextModel, monkeypa
     code, line = fail(capsys, "generate", text_model[0], "the cat")
     assert code == 7
     assert "error[MEMORY]: loading" in line
+
+
+@pytest.mark.parametrize(
+    "what", [["--shape", "llama-2-7b"], ["MODEL", "-b", 4096, "-n", 60, "-p", 0]], ids=["shape", "cache"]
+)
+def test_a_benchmark_that_does_not_fit_exits_with_7(
+    capsys: Capture, text_model: TextModel, monkeypatch: pytest.MonkeyPatch, what: list[object]
+) -> None:
+    # four attentions keep 512 bytes a token, so 4096 sequences of 64 need 128 MiB
+    monkeypatch.setattr("pyruntime.engine.memory.available_memory", lambda: 127 << 20)
+    monkeypatch.setattr(ceilings, "_BUFFER_BYTES", 1 << 21)
+    code, line = fail(capsys, "bench", "forward", *(text_model[0] if each == "MODEL" else each for each in what))
+    assert code == 7
+    assert "error[MEMORY]: a " in line
 
 
 def test_a_bad_variable_exits_with_2(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Dimensions of published models, one JSON file each; `pyruntime.bench.shapes` reads them."""
