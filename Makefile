@@ -1,4 +1,5 @@
 # make demo: set up and run the example.   make test, make lint, make build, make clean.
+# make sanitize, make sanitize-threads: the C++ code under the sanitizers of gcc.
 # VENV: where the environment goes.  PYTHON: which Python makes it.  PIP_ARGS: more arguments for pip, for example
 # --index-url with the address of an index that has CPU-only builds of torch.
 VENV = .venv
@@ -6,6 +7,10 @@ PYTHON = python3
 PIP_ARGS =
 # which tests run: all of them, or a part: make test MARKS="not slow"
 MARKS =
+# what `make sanitize` runs under the sanitizers
+SANITIZED = tests/ops/test_program.py tests/ops/test_program_memory.py tests/ops/test_program_refusals.py \
+	tests/test_parity.py tests/test_expressible.py
+SANITIZED_CASES = "refusals or regions or behind or (own_sequence and window) or many_python or forked or strange or (every_cpu_path and random) or (test_expressible and cpu and (merged or widths or head_sizes))"
 # where `make build` leaves the archives
 DIST = dist
 
@@ -15,7 +20,12 @@ STAMP = $(VENV)/.installed
 CXX_FILES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 INPUTS = pyproject.toml setup.py CMakeLists.txt constraints.txt $(CXX_FILES)
 
-.PHONY: demo test lint build clean
+# configures a build of its own: $(call configure,name)
+configure = mkdir -p build && $(PY) -m cmake -S . -B build/sanitize-$(1) -G Ninja \
+	-DCMAKE_MAKE_PROGRAM="$$($(PY) -c 'import ninja; print(ninja.BIN_DIR)')/ninja" -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" \
+	-Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
+
+.PHONY: demo test lint build clean sanitize sanitize-threads
 
 demo: $(STAMP)
 	@$(PY) examples/demo.py
@@ -27,7 +37,7 @@ lint: $(STAMP)
 	@echo "ruff check" && $(PY) -m ruff check .
 	@echo "ruff format" && $(PY) -m ruff format --check .
 	@echo "mypy" && $(PY) -m mypy
-	@echo "clang-format" && $(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	@echo "clang-format" && $(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES) tests/native/teams.cpp
 
 # A wheel and a source archive. setuptools would ship what an earlier build left in build/lib, so that goes first.
 build: $(STAMP)
@@ -37,6 +47,20 @@ build: $(STAMP)
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir $(DIST) .
 	@$(PY) -c "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])" $(DIST) > build/sdist.log 2>&1 || { cat build/sdist.log; exit 1; }
 	@ls $(DIST)
+
+# The C++ code with gcc's AddressSanitizer and UndefinedBehaviorSanitizer: an extension that a part of the tests runs on.
+# Python has no C++ library of its own, and the sanitizer must find one when an exception is thrown.
+sanitize: $(STAMP)
+	@echo "building with address and undefined"
+	@$(call configure,address) -DPYRUNTIME_SANITIZE=address,undefined > build/sanitize-address.log 2>&1 && $(PY) -m cmake --build build/sanitize-address --target _C >> build/sanitize-address.log 2>&1 || { cat build/sanitize-address.log; exit 1; }
+	@LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    $(PY) tests/sanitize.py "$$(echo $$PWD/build/sanitize-address/_C.*.so)" $(SANITIZED) -q -k $(SANITIZED_CASES) -p no:cacheprovider
+
+# Teams of threads and a small program with ThreadSanitizer, without Python.
+sanitize-threads: $(STAMP)
+	@echo "building with thread"
+	@$(call configure,thread) -DPYRUNTIME_SANITIZE=thread > build/sanitize-thread.log 2>&1 && $(PY) -m cmake --build build/sanitize-thread --target teams >> build/sanitize-thread.log 2>&1 || { cat build/sanitize-thread.log; exit 1; }
+	@build/sanitize-thread/teams
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

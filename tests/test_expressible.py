@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyruntime.graph import build, fuse
+from pyruntime.ops import _native
 from pyruntime.plan import lower
 from pyruntime.spec import DropPlan, Embedding, Head, ModelSpec, drop_sublayers
 from tests import naive
@@ -18,6 +19,7 @@ from tests.specs import (
     ATTENTIONS,
     LAYER_NORM,
     MLPS,
+    ODD_MODELS,
     PLAIN_MLP,
     REPLACEMENT,
     ROPE,
@@ -162,3 +164,10 @@ def test_vocabularies(size: int, vocab_size: int, tied: bool, target: str) -> No
     head = Head(linear=lin(size, vocab_size), tied=tied, softcap=3.0)
     embedding = Embedding(vocab_size=vocab_size, size=size, scale=1.7)
     check(model_of(layers, embedding=embedding, final_norm=rms(size), head=head), target)
+
+
+@pytest.mark.parametrize("isa", _native.load().module.isa_available())
+@pytest.mark.parametrize("name", ODD_MODELS)
+def test_every_cpu_path(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYRUNTIME_CPU_ISA", isa)
+    check(ODD_MODELS[name], "cpu")

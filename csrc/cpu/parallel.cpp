@@ -194,8 +194,12 @@ Pool& current_pool() {
 
 void run_team(int num_threads, TeamBody body, const void* context) {
     if (num_threads <= 1 || inside_run) {
+        // a team of one is a team too: what its body calls runs on this thread alone
+        const bool nested = inside_run;
+        inside_run = true;
         Team alone(1);
         body(context, Worker{&alone, 0, 1});
+        inside_run = nested;
         return;
     }
     current_pool().run(body, context, num_threads);
