@@ -167,17 +167,21 @@ void mix_strip(const Value* values, int64_t head_dim, const float* weights, int6
 // scores to exponentials, for one row and the positions [begin, begin + count); rescales what was summed before
 void soften(const AttentionStep& step, State& state, int64_t r, int64_t begin, int64_t count) {
     float* weights = state.weights + r * kBlock;
-    const Range seen = state.seen[r];
+    // counted from the block's begin; the block's width is as good as any place behind it
+    const auto in_block = [&](int64_t position) {
+        const int64_t at = position - begin;
+        return static_cast<int32_t>(at < -1 ? -1 : at > kBlock ? kBlock : at);
+    };
+    const int32_t first = in_block(state.seen[r].first), last = in_block(state.seen[r].last);
+    const bool hides = first > 0 || last < count - 1;
     for (int64_t k = 0; k < count; k += kLanes) {
         Vec scores = load(weights + k) * step.scale;
         if (step.softcap != 0.0f) {
             scores = step.softcap * tanh(scores / step.softcap);
         }
-        if (begin + k < seen.first || begin + k + kLanes - 1 > seen.last) {
-            for (int lane = 0; lane < kLanes; ++lane) {
-                const int64_t position = begin + k + lane;
-                scores[lane] = position < seen.first || position > seen.last ? -INFINITY : scores[lane];
-            }
+        if (hides) {
+            const IntVec position = lane_numbers() + static_cast<int32_t>(k);
+            scores = (position < first) | (position > last) ? splat(-INFINITY) : scores;
         }
         store(weights + k, scores);
     }

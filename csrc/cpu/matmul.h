@@ -46,6 +46,14 @@ inline void pack_row(const float* row, int64_t count, int32_t dtype, uint32_t* t
         return;
     }
     int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+        uint32_t words[kLanes];
+        const WordVec rounded = bfloat16_words(load(row + k));
+        __builtin_memcpy(words, &rounded, sizeof words);
+        for (int lane = 0; lane < kLanes; lane += 2) {
+            to[(k + lane) / 2 * tile_rows] = words[lane] >> 16 | (words[lane + 1] & 0xffff0000u);
+        }
+    }
     for (; k + 1 < count; k += 2) {
         to[k / 2 * tile_rows] = bfloat16_word(row[k]) >> 16 | (bfloat16_word(row[k + 1]) & 0xffff0000u);
     }

@@ -54,23 +54,48 @@ inline Vec max(Vec a, Vec b) {
     return a > b ? a : b;
 }
 
-inline float add_lanes(Vec sum) {
-    float total = 0.0f;
+// lane i + `by` in lane i; the lanes beyond the last begin anew
+inline Vec upper_lanes(Vec values, int by) {
+    IntVec from;
     for (int lane = 0; lane < kLanes; ++lane) {
-        total += sum[lane];
+        from[lane] = (lane + by) % kLanes;
     }
-    return total;
+    return __builtin_shuffle(values, from);
+}
+
+inline float add_lanes(Vec sum) {
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        sum += upper_lanes(sum, half);
+    }
+    return sum[0];
 }
 
 inline float max_lanes(Vec values) {
-    float best = values[0];
-    for (int lane = 1; lane < kLanes; ++lane) {
-        best = best > values[lane] ? best : values[lane];
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        values = max(values, upper_lanes(values, half));
     }
-    return best;
+    return values[0];
+}
+
+// 0, 1, 2, ...
+inline IntVec lane_numbers() {
+    IntVec numbers;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        numbers[lane] = lane;
+    }
+    return numbers;
 }
 
 // the word whose upper half is the bfloat16 nearest to the value, ties to even; a NaN stays one
+inline WordVec bfloat16_words(Vec values) {
+    const WordVec bits = reinterpret_cast<WordVec>(values);
+    const WordVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return values != values ? bits | 0x400000u : rounded;
+}
+
+// the same for one value
 inline uint32_t bfloat16_word(float value) {
     uint32_t bits;
     __builtin_memcpy(&bits, &value, sizeof bits);

@@ -79,8 +79,16 @@ class Plan:
         """Compute one step and give the logits of its wanted rows, [wanted, vocab].
 
         A step that wants no row stops where the tail begins. `watch` is shown every node's outputs; on target cpu each
-        node is then a call of its own, and the outputs are views that later nodes write over.
+        node is then a call of its own, and the outputs are views that later nodes write over. It must not run this
+        plan. Raises UsageError CACHE for a cache that another kind of plan made.
         """
+        cache = step.cache
+        if cache.shapes != self.kv_shapes or cache.dtype != self.dtype:
+            raise UsageError(
+                "CACHE",
+                f"the cache holds {cache.dtype} of {cache.shapes}; the plan needs {self.dtype} of {self.kv_shapes}: "
+                "make it with plan.new_cache",
+            )
         with torch.inference_mode():
             if self.program is None:
                 return self._run_in_python(step, watch)

@@ -94,3 +94,14 @@ def test_progress_adds_up_to_the_bytes_read(make_llama: MakeLlama) -> None:
     seen: list[int] = []
     lower(fuse(build(model.spec)), model, progress=seen.append)
     assert sum(seen) == model.bytes_read == model.weight_bytes
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_the_cache_of_another_kind_of_plan_is_refused(make_llama: MakeLlama, target: str) -> None:
+    folder, _ = make_llama()
+    plan = make_plan(folder, target=target)
+    others = [make_plan(folder, dtype="bfloat16", target=target), make_plan(folder, DropPlan(attention=(1,)))]
+    for other in [*others, make_plan(make_llama(head_dim=24)[0], target=target)]:
+        step = make_step([SequenceSlice([1, 2, 3], 0, [0], [2])], other.new_cache(1, 16))
+        with pytest.raises(UsageError, match="make it with plan"):
+            plan.run(step)
