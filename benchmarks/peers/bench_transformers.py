@@ -3,9 +3,10 @@
 python benchmarks/peers/bench_transformers.py --shape smollm2-135m --dtype float32 --batch 1 --batch 8 --prompt 512
 
 Both sides are checked against each other first, and nothing is timed where they differ. A decode step is one forward
-of one token per sequence and the choice of the next one by argmax, over caches that grow; a prefill is one forward of a
-prompt into a cache without keys, with the logits of the last position. transformers runs eagerly (no torch.compile),
-with its default attention (sdpa), every CPU that the process may use, and its DynamicCache.
+of one token per sequence and the choice of the next one by argmax, over caches that grow; a sample is the mean of 8
+steps in a row, because that is how text is made. A prefill is one forward of a prompt into a cache without keys, with
+the logits of the last position. transformers runs eagerly (no torch.compile), with its default attention (sdpa), every
+CPU that the process may use, and its DynamicCache.
 
 torch's OpenMP workers spin after each parallel region and would take a core from whoever runs next, so each side begins
 after a pause that is longer than they spin. OMP_WAIT_POLICY is left alone, because that is best for transformers: with
@@ -48,6 +49,7 @@ RESULTS: Final = Path(__file__).parent.parent / "results"
 FLOAT32_LIMIT: Final = 1e-4
 HALF_LIMIT: Final = 2e-3
 WARMUP: Final = 3
+BURST: Final = 8
 CHECKED_STEPS: Final = 3
 
 
@@ -105,6 +107,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "num_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "pause_seconds": arguments.pause,
+        "burst": BURST,
     }
     for batch in arguments.batch:
         yield {**common, **decode(ours, theirs, plan, batch, arguments)}
@@ -124,7 +127,8 @@ def model_of(arguments: argparse.Namespace) -> Model:
 
 def check_sizes(arguments: argparse.Namespace, model: Model) -> None:
     """Raise UsageError BENCH for what the model cannot hold."""
-    longest = max(arguments.context + CHECKED_STEPS + WARMUP + arguments.repeats, *arguments.prompt, 0)
+    room = CHECKED_STEPS + BURST * (WARMUP + arguments.repeats)
+    longest = max(arguments.context + room, *arguments.prompt, 0)
     least = min(arguments.context, arguments.repeats, *arguments.batch)
     if least < 1 or longest > model.spec.max_position:
         raise UsageError(
@@ -148,13 +152,13 @@ def decode(ours: Side, theirs: Side, plan: Plan, batch: int, arguments: argparse
     name = f"decode, batch {batch}, context {arguments.context}"
     prompts = prompts_of(batch, arguments.context, plan.vocab_size)
     error = check(name, ours, theirs, prompts, plan.dtype)
-    room = WARMUP + arguments.repeats
+    room = BURST * (WARMUP + arguments.repeats)
     runs = [greedy(side, side.start(prompts, room)) for side in (ours, theirs)]
     ceilings = Ceilings()
     before = ceilings.read_bandwidth()
-    times = paired(runs, arguments.repeats, arguments.pause, WARMUP)
+    times = paired(runs, arguments.repeats, arguments.pause, WARMUP, BURST)
     # the caches grow as the steps go; this is the middle one
-    cost = plan.decode_cost(batch, arguments.context + WARMUP + arguments.repeats // 2)
+    cost = plan.decode_cost(batch, arguments.context + BURST * (WARMUP + arguments.repeats // 2))
     return {
         "batch": batch,
         "context": arguments.context,

@@ -92,10 +92,13 @@ def greedy(side: Side, logits: torch.Tensor) -> Callable[[], object]:
     return run
 
 
-def paired(runs: Sequence[Callable[[], object]], repeats: int, pause: float, warmup: int) -> tuple[Samples, ...]:
+def paired(
+    runs: Sequence[Callable[[], object]], repeats: int, pause: float, warmup: int, burst: int = 1
+) -> tuple[Samples, ...]:
     """Time `runs` in turn, the first one first in every second round, `pause` seconds of silence before each.
 
-    Threads of the one side may still be looking for work when the other one begins; the pause lets them fall asleep.
+    A sample is the mean of `burst` runs without a pause between them. Threads of the one side may still be looking for
+    work when the other one begins; the pause lets them fall asleep.
     """
     seconds: list[list[float]] = [[] for _ in runs]
     for i in range(-warmup, repeats):
@@ -103,8 +106,9 @@ def paired(runs: Sequence[Callable[[], object]], repeats: int, pause: float, war
         for place, run in order if i % 2 == 0 else order[::-1]:
             time.sleep(pause)
             begin = time.perf_counter()
-            run()
-            elapsed = time.perf_counter() - begin
+            for _ in range(burst):
+                run()
+            elapsed = (time.perf_counter() - begin) / burst
             if i >= 0:
                 seconds[place].append(elapsed)
     return tuple(Samples(tuple(own)) for own in seconds)

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -37,6 +38,10 @@ public:
                 return;
             }
             _mm_pause();
+            // the thread that is waited for may stand in the queue of this very processor
+            if (turns % kSpinsBetweenYields == kSpinsBetweenYields - 1) {
+                sched_yield();
+            }
         }
         // counted before the kernel looks at the value: an advance after that look finds the sleeper
         sleepers_.fetch_add(1);
@@ -51,6 +56,8 @@ private:
         static_assert(sizeof(value_) == sizeof(std::uint32_t), "the kernel looks at the bare number");
         syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&value_), operation, argument, nullptr, nullptr, 0);
     }
+
+    static constexpr int kSpinsBetweenYields = 256;
 
     const int spins_;
     std::atomic<std::uint32_t> value_{0};
@@ -107,11 +114,26 @@ namespace {
 
 thread_local bool inside_run = false;
 
+// Moves this thread to another processor that it may use, if it is on `processor`. The kernel likes to wake a thread
+// where its waker runs, and two threads of a team that share a processor wait for each other at every phase.
+void leave(int processor) {
+    cpu_set_t allowed;
+    if (sched_getcpu() != processor || sched_getaffinity(0, sizeof allowed, &allowed) != 0) {
+        return;
+    }
+    cpu_set_t others = allowed;
+    CPU_CLR(static_cast<std::size_t>(processor), &others);
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0) {
+        sched_setaffinity(0, sizeof allowed, &allowed);
+    }
+}
+
 struct Job {
     TeamBody body;
     const void* context;
     Team team;
     int count;
+    int processor;  // where the caller runs
 
     void work(int index) {
         inside_run = true;
@@ -126,7 +148,7 @@ public:
         std::lock_guard<std::mutex> one_run_at_a_time(submit_);
         grow(num_threads - 1);
         const int count = std::min(num_threads, size_ + 1);
-        Job job{body, context, Team(count), count};
+        Job job{body, context, Team(count), count, sched_getcpu()};
         job_ = &job;
         running_.store(size_, std::memory_order_relaxed);
         const std::uint32_t before = done_.value();
@@ -156,6 +178,7 @@ private:
         for (;; ++seen) {
             start_.wait_while(seen);
             if (index < job_->count) {
+                leave(job_->processor);
                 job_->work(index);
             }
             if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
