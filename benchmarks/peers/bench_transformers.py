@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     plan, theirs = sides_of(model, arguments.target, DTYPES[arguments.dtype])
     ours = Ours(plan)
     sides = f"{'pyruntime ms p20/p50/p80':>26} {'transformers ms p20/p50/p80':>28}"
-    print(f"{'step':<30} {sides} {'ratio':>7} {'MB':>8} of read bandwidth")
+    print(f"{'step':<30} {sides} {'ratio':>7} must move or compute, and the fraction of the ceiling")
     common = {
         "model": arguments.shape or str(arguments.model),
         "target": plan.target,
@@ -127,7 +128,7 @@ def model_of(arguments: argparse.Namespace) -> Model:
 
 def check_sizes(arguments: argparse.Namespace, model: Model) -> None:
     """Raise UsageError BENCH for what the model cannot hold."""
-    room = CHECKED_STEPS + BURST * (WARMUP + arguments.repeats)
+    room = CHECKED_STEPS + steps_timed(arguments)
     longest = max(arguments.context + room, *arguments.prompt, 0)
     least = min(arguments.context, arguments.repeats, *arguments.batch)
     if least < 1 or longest > model.spec.max_position:
@@ -152,18 +153,23 @@ def decode(ours: Side, theirs: Side, plan: Plan, batch: int, arguments: argparse
     name = f"decode, batch {batch}, context {arguments.context}"
     prompts = prompts_of(batch, arguments.context, plan.vocab_size)
     error = check(name, ours, theirs, prompts, plan.dtype)
-    room = BURST * (WARMUP + arguments.repeats)
+    room = steps_timed(arguments)
     runs = [greedy(side, side.start(prompts, room)) for side in (ours, theirs)]
-    ceilings = Ceilings()
-    before = ceilings.read_bandwidth()
-    times = paired(runs, arguments.repeats, arguments.pause, WARMUP, BURST)
+    probe = Ceilings().probe(plan.dtype)
+    times = paired(runs, arguments.repeats, arguments.pause, WARMUP, probe, BURST)
     # the caches grow as the steps go; this is the middle one
-    cost = plan.decode_cost(batch, arguments.context + BURST * (WARMUP + arguments.repeats // 2))
-    return {
-        "batch": batch,
-        "context": arguments.context,
-        **row(name, times, cost, (before + ceilings.read_bandwidth()) / 2, error),
-    }
+    cost = plan.decode_cost(batch, arguments.context + room // 2)
+    fractions = [statistics.median(each.fractions_of_read(cost.num_bytes)) for each in times]
+    found = row(name, times, cost, error)
+    print(
+        f"{cost.num_bytes / 1e6:>9.1f} MB, {fractions[0]:.1%} and {fractions[1]:.1%} of the read bandwidth", flush=True
+    )
+    return {"batch": batch, "context": arguments.context, **found, "fractions_of_read_bandwidth": fractions}
+
+
+def steps_timed(arguments: argparse.Namespace) -> int:
+    """Decode steps of one case: bursts, and the step before each."""
+    return (BURST + 1) * (WARMUP + arguments.repeats)
 
 
 def prefill(ours: Side, theirs: Side, plan: Plan, length: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,15 +177,13 @@ def prefill(ours: Side, theirs: Side, plan: Plan, length: int, arguments: argpar
     name = f"prefill, {length} tokens"
     prompts = prompts_of(1, length, plan.vocab_size)
     error = check(name, ours, theirs, prompts, plan.dtype, steps=0)
-    ceilings = Ceilings()
-    before, rate = ceilings.read_bandwidth(), ceilings.multiply_rate(plan.dtype)
     runs = [lambda side=side: side.start(prompts, 0).argmax(-1) for side in (ours, theirs)]
-    times = paired(runs, arguments.repeats, arguments.pause, WARMUP)
-    rate = (rate + ceilings.multiply_rate(plan.dtype)) / 2
-    found = row(name, times, plan.prefill_cost(length), (before + ceilings.read_bandwidth()) / 2, error)
-    rates = [found["flops"] / each.median / rate for each in times]
-    print(f"{'':<30} {found['flops'] / 1e9:.1f} GFLOP, {rates[0]:.1%} and {rates[1]:.1%} of the multiply rate")
-    return {"prompt": length, **found, "multiply_flops_per_second": rate, "fractions_of_multiply_rate": rates}
+    times = paired(runs, arguments.repeats, arguments.pause, WARMUP, Ceilings().probe(plan.dtype))
+    cost = plan.prefill_cost(length)
+    fractions = [statistics.median(each.fractions_of_multiply(cost.flops)) for each in times]
+    found = row(name, times, cost, error)
+    print(f"{cost.flops / 1e9:>6.1f} GFLOP, {fractions[0]:.1%} and {fractions[1]:.1%} of the multiply rate", flush=True)
+    return {"prompt": length, **found, "fractions_of_multiply_rate": fractions}
 
 
 def prompts_of(batch: int, length: int, vocab_size: int) -> torch.Tensor:
@@ -214,16 +218,11 @@ def spread_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().std())
 
 
-def row(name: str, times: tuple[Samples, ...], cost: Cost, bandwidth: float, error: float) -> dict[str, Any]:
-    """One case, printed and JSON-ready. Both sides are held against the bytes that the plan must move."""
+def row(name: str, times: tuple[Samples, ...], cost: Cost, error: float) -> dict[str, Any]:
+    """One case, its times printed, JSON-ready. Both sides are held against what the plan must move and compute."""
     ours, theirs = times
     ratio = theirs.median / ours.median
-    fractions = [cost.num_bytes / each.median / bandwidth for each in times]
-    print(
-        f"{name:<30} {spread(ours):>26} {spread(theirs):>28} {ratio:>6.2f}x {cost.num_bytes / 1e6:>8.1f} "
-        f"{fractions[0]:.1%} and {fractions[1]:.1%}",
-        flush=True,
-    )
+    print(f"{name:<30} {spread(ours):>26} {spread(theirs):>28} {ratio:>6.2f}x ", end="")
     return {
         "case": name,
         "pyruntime_seconds": ours.seconds,
@@ -231,8 +230,8 @@ def row(name: str, times: tuple[Samples, ...], cost: Cost, bandwidth: float, err
         "ratio": ratio,
         "bytes": cost.num_bytes,
         "flops": cost.flops,
-        "read_bandwidth_bytes_per_second": bandwidth,
-        "fractions_of_read_bandwidth": fractions,
+        "read_bandwidth_bytes_per_second": [each.read_bandwidth for each in ours.ceilings],
+        "multiply_flops_per_second": [each.multiply_rate for each in ours.ceilings],
         "difference": error,
     }
 

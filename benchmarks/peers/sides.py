@@ -9,7 +9,8 @@ from typing import Any, Final, Protocol
 import torch
 from transformers import DynamicCache
 
-from pyruntime.bench import Samples
+from pyruntime.bench import Ceiling, Samples
+from pyruntime.bench.timing import Probe
 from pyruntime.ops.step import SequenceSlice, make_step
 from pyruntime.plan import Plan
 
@@ -93,22 +94,40 @@ def greedy(side: Side, logits: torch.Tensor) -> Callable[[], object]:
 
 
 def paired(
-    runs: Sequence[Callable[[], object]], repeats: int, pause: float, warmup: int, burst: int = 1
+    runs: Sequence[Callable[[], object]], repeats: int, pause: float, warmup: int, probe: Probe, burst: int = 1
 ) -> tuple[Samples, ...]:
     """Time `runs` in turn, the first one first in every second round, `pause` seconds of silence before each.
 
-    A sample is the mean of `burst` runs without a pause between them. Threads of the one side may still be looking for
-    work when the other one begins; the pause lets them fall asleep.
+    A sample is the mean of `burst` runs without a pause between them; before a burst of several, one run is not timed.
+    Threads of the one side may still be looking for work when the other one begins; the pause lets them fall asleep.
+    Between two rounds stands a reading of the ceilings; a sample carries the mean of the two around its round.
     """
     seconds: list[list[float]] = [[] for _ in runs]
+    ceilings: list[Ceiling] = []
+    before = _in_silence(probe, pause)
     for i in range(-warmup, repeats):
         order = list(enumerate(runs))
         for place, run in order if i % 2 == 0 else order[::-1]:
             time.sleep(pause)
-            begin = time.perf_counter()
-            for _ in range(burst):
-                run()
-            elapsed = (time.perf_counter() - begin) / burst
+            elapsed = _mean_seconds(run, burst)
             if i >= 0:
                 seconds[place].append(elapsed)
-    return tuple(Samples(tuple(own)) for own in seconds)
+        after = _in_silence(probe, pause)
+        if i >= 0:
+            ceilings.append(before.mean(after))
+        before = after
+    return tuple(Samples(tuple(own), tuple(ceilings)) for own in seconds)
+
+
+def _in_silence(probe: Probe, pause: float) -> Ceiling:
+    time.sleep(pause)
+    return probe()
+
+
+def _mean_seconds(run: Callable[[], object], burst: int) -> float:
+    if burst > 1:
+        run()
+    begin = time.perf_counter()
+    for _ in range(burst):
+        run()
+    return (time.perf_counter() - begin) / burst
