@@ -52,10 +52,10 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as what it is compared with, by the medians."""
+        """How many times as fast as what it is compared with: the median over neighbouring samples."""
         if not self.against_seconds:
             return None
-        return statistics.median(self.against_seconds) / statistics.median(self.seconds)
+        return statistics.median(slow / own for slow, own in zip(self.against_seconds, self.seconds, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

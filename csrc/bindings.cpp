@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "pyruntime/check.h"
 
 namespace {
 
@@ -25,6 +26,14 @@ PYBIND11_MODULE(_C, module) {
         "Best CPU path this machine can run.");
     module.def("isa_available", &available_names, "Every CPU path this machine can run, slowest first.");
     module.def("num_threads", &pyruntime::num_threads_allowed, "Threads that affinity and the cgroup's quota allow.");
+    module.def(
+        "start_team",
+        [](int num_threads) {
+            PYRUNTIME_CHECK(num_threads >= 1 && num_threads <= pyruntime::kMaxThreads, "num_threads is ", num_threads,
+                            "; expected 1 to ", pyruntime::kMaxThreads);
+            return pyruntime::start_team(num_threads);
+        },
+        pybind11::arg("num_threads"), "Starts a team and returns its threads: fewer where the machine gives no more.");
     module.def("cgroup_cpus", &pyruntime::cgroup_cpus, pybind11::arg("membership"), pybind11::arg("mount"),
                "CPUs that the cgroups listed in the file `membership` allow, rounded up; 0 for no limit.");
     pyruntime::bind_plan(module);

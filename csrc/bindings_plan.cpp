@@ -12,11 +12,15 @@ namespace py = pybind11;
 namespace pyruntime {
 namespace {
 
+// of a run: with kMaxSize values in each, a place still has fewer bytes than 64 bits can count
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;
+
 Program make_program(const std::string& isa, int num_threads, std::int64_t vocab_size, std::int64_t num_slots,
                      const std::vector<std::pair<std::int64_t, std::int64_t>>& widths) {
-    PYRUNTIME_CHECK(num_threads >= 0 && num_threads <= 4096, "num_threads is ", num_threads,
-                    "; expected 0 (all that are allowed) to 4096");
-    PYRUNTIME_CHECK(vocab_size > 0 && vocab_size <= kMaxSize, "vocab_size is ", vocab_size);
+    PYRUNTIME_CHECK(num_threads >= 0 && num_threads <= kMaxThreads, "num_threads is ", num_threads,
+                    "; expected 0 (all that are allowed) to ", kMaxThreads);
+    PYRUNTIME_CHECK(vocab_size > 0 && vocab_size <= kMaxSize, "vocab_size is ", vocab_size, "; expected 1 to ",
+                    kMaxSize);
     PYRUNTIME_CHECK(!widths.empty(), "a program needs a place for its logits");
     std::vector<PlaceWidths> places;
     for (const auto& [all, wanted] : widths) {
@@ -76,7 +80,8 @@ void run_program(const Program& program, std::int64_t begin, std::int64_t end, s
 
 std::vector<std::pair<std::int64_t, std::int64_t>> regions_of(const Program& program, std::int64_t rows,
                                                               std::int64_t wanted) {
-    PYRUNTIME_CHECK(rows >= 0 && wanted >= 0 && rows <= kMaxSize && wanted <= kMaxSize, rows, " and ", wanted, " rows");
+    PYRUNTIME_CHECK(rows >= 0 && wanted >= 0 && rows <= kMaxRows && wanted <= kMaxRows, rows, " and ", wanted,
+                    " rows; expected 0 to ", kMaxRows, " of each");
     std::vector<std::pair<std::int64_t, std::int64_t>> found;
     for (const Region& region : program.regions({rows, wanted})) {
         found.emplace_back(region.offset, region.num_bytes);
@@ -85,7 +90,8 @@ std::vector<std::pair<std::int64_t, std::int64_t>> regions_of(const Program& pro
 }
 
 std::int64_t workspace_bytes_of(const Program& program, std::int64_t rows, std::int64_t wanted) {
-    PYRUNTIME_CHECK(rows >= 0 && wanted >= 0 && rows <= kMaxSize && wanted <= kMaxSize, rows, " and ", wanted, " rows");
+    PYRUNTIME_CHECK(rows >= 0 && wanted >= 0 && rows <= kMaxRows && wanted <= kMaxRows, rows, " and ", wanted,
+                    " rows; expected 0 to ", kMaxRows, " of each");
     return Program::workspace_bytes(program.regions({rows, wanted}));
 }
 

@@ -8,8 +8,6 @@
 namespace pyruntime {
 namespace {
 
-constexpr int kMaxThreads = 4096;
-
 void check_threads(const char* probe, int num_threads) {
     PYRUNTIME_CHECK(num_threads >= 1 && num_threads <= kMaxThreads, probe, ": num_threads is ", num_threads,
                     "; expected 1 to ", kMaxThreads);

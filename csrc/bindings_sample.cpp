@@ -23,7 +23,6 @@ namespace {
 constexpr std::int64_t kMostIds = 0x7fffffff;
 // a product with kMostIds stays inside 64 bit, and no address space holds as many rows
 constexpr std::int64_t kMostRows = std::int64_t{1} << 28;
-constexpr std::int64_t kMostThreads = 1024;
 constexpr std::int64_t kAlignment = 64;
 
 using Ids = std::vector<std::int32_t>;
@@ -76,8 +75,8 @@ void check_vocab(std::int64_t vocab) {
 }
 
 void check_threads(std::int64_t num_threads) {
-    PYRUNTIME_CHECK(num_threads > 0 && num_threads <= kMostThreads, "sample: num_threads is ", num_threads,
-                    "; expected 1 to ", kMostThreads);
+    PYRUNTIME_CHECK(num_threads > 0 && num_threads <= kMaxThreads, "sample: num_threads is ", num_threads,
+                    "; expected 1 to ", kMaxThreads);
 }
 
 std::int64_t scratch_bytes(std::int64_t vocab, std::int64_t num_threads) {

@@ -195,9 +195,10 @@ std::int64_t column_of(const Step& step, const char* name, std::int64_t width, c
     if (column == kNotComputed) {
         return column;
     }
+    PYRUNTIME_CHECK(column >= kMergedAway && column <= params.matrix.outputs, name, " is ", column,
+                    "; expected a column of ", params.matrix.outputs, ", -1 (not computed) or -2 (merged away)");
     const std::int64_t room = column == kMergedAway ? params.in_size : params.matrix.outputs - column;
-    PYRUNTIME_CHECK(column >= kMergedAway && room >= width, name, " is ", column, " with room for ", room,
-                    " values; expected ", width);
+    PYRUNTIME_CHECK(room >= width, name, " is ", column, " with room for ", room, " values; expected ", width);
     return column;
 }
 

@@ -21,6 +21,8 @@ VARIABLES: Final = {
     "PYRUNTIME_CUDA": "auto, 0 or 1: whether a build compiles the CUDA extension (read by setup.py)",
 }
 
+# kMaxThreads of csrc/cpu/parallel.h
+_MAX_THREADS: Final = 1024
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -40,12 +42,12 @@ def cpu_isa() -> str | None:
 
 
 def num_threads() -> int | None:
-    """Threads asked for, or None. Raises UsageError unless it is a positive integer."""
+    """Threads asked for, or None. Raises UsageError unless it is an integer from 1 to 1024."""
     value = os.environ.get("PYRUNTIME_NUM_THREADS")
     if value is None:
         return None
-    if not value.isdecimal() or int(value) < 1:
-        raise UsageError("ENV", f"PYRUNTIME_NUM_THREADS is {value!r}; expected a positive integer")
+    if not value.isdecimal() or not 1 <= int(value) <= _MAX_THREADS:
+        raise UsageError("ENV", f"PYRUNTIME_NUM_THREADS is {value!r}; expected an integer from 1 to {_MAX_THREADS}")
     return int(value)
 
 

@@ -221,7 +221,7 @@ def spread_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def row(name: str, times: tuple[Samples, ...], cost: Cost, error: float) -> dict[str, Any]:
     """One case, its times printed, JSON-ready. Both sides are held against what the plan must move and compute."""
     ours, theirs = times
-    ratio = theirs.median / ours.median
+    ratio = statistics.median(slow / own for slow, own in zip(theirs.seconds, ours.seconds, strict=True))
     print(f"{name:<30} {spread(ours):>26} {spread(theirs):>28} {ratio:>6.2f}x ", end="")
     return {
         "case": name,

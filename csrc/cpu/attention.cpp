@@ -7,8 +7,8 @@ namespace {
 
 // positions between two updates of the running maximum
 constexpr int64_t kBlock = 64;
-// below every score, and far enough from infinity that differences stay finite
-constexpr float kLowest = -1e30f;
+// no score is below it, and the distance to a hidden one is infinite, not undefined
+constexpr float kLowest = -3.40282347e38f;
 
 // The queries of one task: `tile` counts (row, query head of the key head) pairs of its span, rows first.
 struct Task {

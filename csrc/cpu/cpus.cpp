@@ -109,7 +109,7 @@ int cgroup_cpus(const std::string& membership, const std::string& mount) {
 int num_threads_allowed() {
     static const int allowed = [] {
         const int quota = cgroup_cpus("/proc/self/cgroup", "/sys/fs/cgroup");
-        return std::max(1, tighter(affinity_cpus(), quota));
+        return std::clamp(tighter(affinity_cpus(), quota), 1, kMaxThreads);
     }();
     return allowed;
 }

@@ -160,16 +160,22 @@ public:
         }
     }
 
+    int start(int num_threads) {
+        std::lock_guard<std::mutex> no_run_meanwhile(submit_);
+        grow(num_threads - 1);
+        return std::min(num_threads, size_ + 1);
+    }
+
 private:
-    // a machine that gives no more threads makes the run slower, not wrong
+    // a machine that gives no more threads makes the run slower, not wrong; start_team says how many there are
     void grow(int helpers) {
-        while (size_ < helpers) {
+        while (size_ < helpers && !refused_) {
             try {
                 std::thread(&Pool::serve, this, size_ + 1, start_.value()).detach();
+                ++size_;
             } catch (const std::system_error&) {
-                return;
+                refused_ = true;
             }
-            ++size_;
         }
     }
 
@@ -190,6 +196,7 @@ private:
     std::mutex submit_;
     Job* job_ = nullptr;
     int size_ = 0;
+    bool refused_ = false;
     std::atomic<int> running_{0};
     Turnstile start_{kSpinsBetweenRuns};
     Turnstile done_{kSpinsInRun};
@@ -226,6 +233,10 @@ void run_team(int num_threads, TeamBody body, const void* context) {
         return;
     }
     current_pool().run(body, context, num_threads);
+}
+
+int start_team(int num_threads) {
+    return num_threads <= 1 ? 1 : current_pool().start(num_threads);
 }
 
 bool take(const Worker& worker, std::int64_t total, std::int64_t grain, std::int64_t* begin, std::int64_t* end) {

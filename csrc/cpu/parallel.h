@@ -31,7 +31,14 @@ bool take(const Worker& worker, std::int64_t total, std::int64_t grain, std::int
 // Returns when every worker of the team has come here; what they wrote before is then visible to all.
 void wait_for_all(const Worker& worker);
 
-// threads that the scheduler affinity and the cgroup's CPU quota allow, at least 1; asked once
+// the most threads of a team
+constexpr int kMaxThreads = 1024;
+
+// Starts the helpers of a team of `num_threads` and returns how many threads it has: fewer where the machine gives no
+// more, which is not tried again.
+int start_team(int num_threads);
+
+// threads that the scheduler affinity and the cgroup's CPU quota allow, 1 to kMaxThreads; asked once
 int num_threads_allowed();
 
 // CPUs that the quota of a cgroup (version 1 or 2) allows, rounded up, or 0 for no limit. `membership` is the text file

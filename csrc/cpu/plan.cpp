@@ -22,6 +22,11 @@ struct Overloaded : Functions... {
 template <class... Functions>
 Overloaded(Functions...) -> Overloaded<Functions...>;
 
+// whether a projection was merged away, so that its place is taken by the normed input
+bool takes_input(const QkvRopeStep& step) {
+    return step.q_column == kMergedAway || step.k_column == kMergedAway || step.v_column == kMergedAway;
+}
+
 void check_slice(const SequenceSlice& slice, const Cache& cache, std::int64_t vocab_size) {
     const auto length = static_cast<std::int64_t>(slice.token_ids.size());
     PYRUNTIME_CHECK(length > 0 && slice.start >= 0, "a slice has ", length, " tokens from position ", slice.start,
@@ -126,7 +131,7 @@ void Program::grow_scratch(const StepParams& params) {
                    [&](const QkvRopeStep& step) {
                        packs(step.matrix, step.in_size);
                        grow(wide_floats_, step.matrix.outputs);
-                       grow(normed_floats_, step.in_size);
+                       grow(normed_floats_, takes_input(step) ? step.in_size : 0);
                        grow(own_floats_, step.num_kv_heads * step.head_dim);
                    },
                    [&](const AttentionStep& step) { grow(own_floats_, kMaxTileRows * (2 * step.head_dim + 64)); },

@@ -48,7 +48,7 @@ void write_row(const QkvRopeStep& step, const KvPool& pool, const CachePlace& pl
 }
 
 struct RowSource {
-    const float* product;  // [rows, width], scratch of this row's worker
+    const float* product;  // [rows, width]
     const float* normed;   // [rows, in_size]
     int64_t width;
     int64_t in_size;

@@ -111,9 +111,9 @@ inline float widen_bfloat16(uint16_t half) {
 }
 
 // e^x to about one unit in the last place: x = n ln 2 + r, a polynomial for e^r (Cephes, expf), then n into the
-// exponent. 0 below -87; infinity above 88; a NaN stays one.
+// exponent. 0 below -87; infinity above 88.7228; a NaN stays one.
 inline Vec exp(Vec x) {
-    const Vec low = splat(-87.0f), high = splat(88.5f);
+    const Vec low = splat(-87.0f), high = splat(88.7228f);
     Vec t = x < low ? low : x;
     t = t > high ? high : t;
     const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer

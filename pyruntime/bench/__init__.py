@@ -18,7 +18,7 @@ from pyruntime.bench.run import (
 )
 from pyruntime.bench.shapes import Shape, parse_shape, shape_names, shape_spec
 from pyruntime.bench.summary import describe, num_weights, summary
-from pyruntime.bench.timing import Ceiling, Samples, interleaved, matmul_rate, percentile, read_bandwidth, sampled
+from pyruntime.bench.timing import Ceiling, Samples, interleaved, percentile, sampled
 
 __all__ = [
     "Case",
@@ -44,14 +44,12 @@ __all__ = [
     "interleaved",
     "load_shape",
     "machine",
-    "matmul_rate",
     "nmse_of",
     "num_weights",
     "parse_shape",
     "percentile",
     "prefill_case",
     "random_model",
-    "read_bandwidth",
     "sampled",
     "save_results",
     "shape_names",

@@ -20,9 +20,13 @@ from pyruntime.plan import DTYPES, Plan
 
 # whole-model limits: the float32 one is that of a matmul, half precision rounds every product's input
 LIMITS: Final = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 5e-4}
-_NUM_TOKENS: Final = 32
 _PAGE_SIZE: Final = 16
-_NUM_PAGES: Final = _NUM_TOKENS // _PAGE_SIZE
+# tokens of the two sequences: the first one is longer than a block of the attention kernels
+_LENGTHS: Final = (70, 5)
+_PAGES_EACH: Final = -(-max(_LENGTHS) // _PAGE_SIZE)
+_NUM_PAGES: Final = _PAGES_EACH * len(_LENGTHS)
+# of each sequence, the tokens that come one by one: first both together, then the first sequence alone
+_DECODED: Final = (3, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +43,17 @@ class GateResult:
 
 
 def check_plan(plan: Plan, model: Model) -> GateResult:
-    """Compare `plan` with the unfused reference on a fixed prompt.
+    """Compare `plan` with the unfused reference on two fixed sequences of different length.
 
-    The reference reads the weights of one op at a time, so a model that fits once can be checked. It computes in
-    float64; where that does not fit, in float32 for a plan of half precision. Raises RunError NUMERICS beyond the
-    limit, RunError MEMORY where no reference fits.
+    The plan takes the steps that are timed: a chunk of prompts, a new token for each sequence, and one for one of them;
+    the reference computes all at once. It reads the weights of one op at a time, so a model that fits once can be
+    checked, in float64; where that does not fit, in float32 for a plan of half precision. Raises RunError NUMERICS
+    beyond the limit, RunError MEMORY where no reference fits.
     """
     limit, graph = LIMITS[plan.dtype], build(model.spec)
     dtype = _oracle_dtype(plan, graph)
-    slices = _prompt(model)
-    found = plan.run(make_step(slices, plan.new_cache(_NUM_PAGES, _PAGE_SIZE), plan.device))
-    nmse = nmse_of(found, _reference(graph, model, slices, DTYPES[dtype]))
+    sequences = _sequences(model)
+    nmse = nmse_of(_found(plan, sequences), _reference(graph, model, sequences, DTYPES[dtype]))
     # written so that a NaN fails
     if not nmse <= limit:
         raise RunError("NUMERICS", f"the plan's logits have an NMSE of {nmse:.1e} against {dtype}; at most {limit:.0e}")
@@ -80,20 +84,41 @@ def _oracle_dtype(plan: Plan, graph: Graph) -> str:
     )
 
 
-def _prompt(model: Model) -> list[SequenceSlice]:
-    count = min(_NUM_TOKENS, model.spec.max_position)
+def _sequences(model: Model) -> list[list[int]]:
     # spread over the vocabulary, the same for every plan
-    ids = [i * 7919 % model.spec.vocab_size for i in range(count)]
-    return [SequenceSlice(ids, 0, range(_NUM_PAGES), range(count))]
+    lengths = [min(length, model.spec.max_position) for length in _LENGTHS]
+    return [[(k + i) * 7919 % model.spec.vocab_size for k in range(length)] for i, length in enumerate(lengths)]
 
 
-def _reference(graph: Graph, model: Model, slices: list[SequenceSlice], dtype: torch.dtype) -> torch.Tensor:
+def _slice(number: int, sequence: list[int], start: int, end: int) -> SequenceSlice:
+    pages = range(number * _PAGES_EACH, (number + 1) * _PAGES_EACH)
+    return SequenceSlice(sequence[start:end], start, pages, range(end - start))
+
+
+def _found(plan: Plan, sequences: list[list[int]]) -> torch.Tensor:
+    """Logits of the plan, sequence by sequence: a chunk, then tokens one by one."""
+    cache = plan.new_cache(_NUM_PAGES, _PAGE_SIZE)
+    done = [0] * len(sequences)
+    logits: list[list[torch.Tensor]] = [[] for _ in sequences]
+    for left in range(max(_DECODED), -1, -1):
+        ends = [len(each) - min(left, own, len(each) - 1) for each, own in zip(sequences, _DECODED, strict=True)]
+        moving = [i for i, end in enumerate(ends) if end > done[i]]
+        slices = [_slice(i, sequences[i], done[i], ends[i]) for i in moving]
+        rows = plan.run(make_step(slices, cache, plan.device)).split([ends[i] - done[i] for i in moving])
+        for i, own in zip(moving, rows, strict=True):
+            logits[i].append(own)
+        done = ends
+    return torch.cat([part for own in logits for part in own])
+
+
+def _reference(graph: Graph, model: Model, sequences: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
     """Logits of the reference, which forgets the weights of each op before it reads the next one's."""
     shapes = tuple(
         KvShape(node.attrs.attention.num_kv_heads, node.attrs.attention.head_dim)
         for node in graph.nodes
         if isinstance(node.attrs, QkvRopeAttrs) and node.attrs.cache
     )
+    slices = [_slice(i, each, 0, len(each)) for i, each in enumerate(sequences)]
     step: Step = make_step(slices, KvCache(shapes, _NUM_PAGES, _PAGE_SIZE, dtype))
     buffers: dict[str, torch.Tensor] = {}
     with torch.inference_mode():

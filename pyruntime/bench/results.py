@@ -19,7 +19,9 @@ def save_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> 
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC)
     found = commit()
-    about = {"commit": found, "command": sys.argv, "time": now.isoformat(timespec="seconds"), "machine": machine()}
+    # a folder outside the checkout is called by its last name: where it lies is nobody's business
+    command = [sys.argv[0], *(Path(each).name if each.startswith("/") else each for each in sys.argv[1:])]
+    about = {"commit": found, "command": command, "time": now.isoformat(timespec="seconds"), "machine": machine()}
     # whether files differed from the commit stands inside
     stem = f"{now:%Y-%m-%d}-{found.removesuffix('-dirty') or 'unknown'}-{name}"
     names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))

@@ -24,7 +24,6 @@ from pyruntime.engine.memory import check_memory
 from pyruntime.engine.params import SamplingParams
 from pyruntime.errors import UsageError
 from pyruntime.graph import Cost, SequenceWork, build, fuse
-from pyruntime.ops import _native
 from pyruntime.ops.step import SequenceSlice, make_step
 from pyruntime.passes import drop, make_drop_plan
 from pyruntime.plan import Plan, lower
@@ -327,7 +326,7 @@ def _about(
         "model_n_params": num_weights(spec),
         "dtype": str(plan.dtype).removeprefix("torch."),
         "target": plan.target,
-        "n_threads": _native.load().num_threads if plan.target == "cpu" else torch.get_num_threads(),
+        "n_threads": torch.get_num_threads() if plan.program is None else plan.program.num_threads,
         "n_layer": len(spec.layers),
         "drop_attn_list": list(spec.dropped("attention")),
         "drop_mlp_list": list(spec.dropped("mlp")),

@@ -10,8 +10,6 @@ from typing import Final
 
 import torch
 
-_CPU: Final = torch.device("cpu")
-_BANDWIDTH_BYTES: Final = 1 << 28
 # rows and columns: large enough for the best rate, small enough for half precision on a CPU, which can be very slow
 _MATMUL_SIDE: Final = {"cpu": 512, "cuda": 8192}
 # a run shorter than this is done once untimed behind a reading, which has emptied the caches that it would find full
@@ -109,19 +107,6 @@ def sampled(timers: Sequence[Callable[[], float]], repeats: int, probe: Probe | 
                 ceilings[i].append(before.mean(after))
                 before = after
     return tuple(Samples(tuple(own), tuple(around)) for own, around in zip(seconds, ceilings, strict=True))
-
-
-def read_bandwidth(device: torch.device = _CPU, repeats: int = 5) -> float:
-    """Bytes per second at which torch sums up the device's memory, best of `repeats` sums over 256 MiB."""
-    data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
-    return _BANDWIDTH_BYTES / best(data.sum, device, repeats)
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device = _CPU, repeats: int = 20) -> float:
-    """Floating-point operations per second that torch's matrix product reaches in `dtype`, best of `repeats`."""
-    side = matmul_side(device)
-    data = torch.ones((side, side), dtype=dtype, device=device)
-    return 2 * side**3 / best(lambda: data @ data, device, repeats)
 
 
 def matmul_side(device: torch.device) -> int:

@@ -110,7 +110,8 @@ def throughput(
     text = (
         f"{_gate(result)}\nThroughput: {result['requests_per_second']:.2f} requests/s, "
         f"{result['tokens_per_second']:.2f} total tokens/s, {result['output_tokens_per_second']:.2f} output tokens/s\n"
-        f"Seconds p20 / p50 / p80: {_three(result, 'elapsed_time')}\n{_moved(result)}"
+        + (f"Seconds p20 / p50 / p80: {_three(result, 'elapsed_time')}\n" if num_iters > 1 else "")
+        + _moved(result)
     )
     _report(result, text, as_json, output_json)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Final
 
 from pyruntime import env
 from pyruntime.errors import UsageError
+
+_LOGGER: Final = logging.getLogger("pyruntime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +41,8 @@ def load() -> Native:
         raise UsageError(
             "ENV", f"PYRUNTIME_CPU_ISA is {isa!r}; this CPU has {', '.join(available)}; choose one of these or unset it"
         )
-    return Native(module, isa, env.num_threads() or module.num_threads())
+    wanted = env.num_threads() or module.num_threads()
+    started = module.start_team(wanted)
+    if started < wanted:
+        _LOGGER.warning("%d of %d threads could be started; the C++ target runs with these", started, wanted)
+    return Native(module, isa, started)

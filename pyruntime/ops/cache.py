@@ -34,6 +34,7 @@ class KvCache:
     ) -> None:
         self.shapes = shapes
         self.dtype = dtype
+        self.device = torch.device(device)
         self.num_pages = num_pages
         self.page_size = page_size
         self._keys = tuple(alloc((num_pages, s.num_kv_heads, s.head_dim, page_size), dtype, device) for s in shapes)

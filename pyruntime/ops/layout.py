@@ -89,7 +89,7 @@ def arrange(layout: Layout, sources: Sequence[Tensor | None]) -> Tensor:
             return _panels(matrices, gated=layout.kind is LayoutKind.GATED_PANELS)
         case LayoutKind.PANEL_VALUES | LayoutKind.GATED_PANEL_VALUES:
             pairs = zip(sources, layout.sizes, strict=True)
-            values = [torch.zeros(size) if source is None else source.float() for source, size in pairs]
+            values = [torch.zeros(size, device="cpu") if source is None else source.float() for source, size in pairs]
             columns = [_by_panel(each[:, None]) for each in values]
             if layout.kind is LayoutKind.GATED_PANEL_VALUES:
                 return torch.stack([column.flatten(1) for column in columns], dim=1).flatten()

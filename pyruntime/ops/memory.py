@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ def alloc_weights(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Memory on the CPU for weights that are read from end to end, in huge pages where the kernel gives them."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < _HUGE_BYTES:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     region = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
+    # a kernel without huge pages refuses: ordinary ones hold the same
+    with contextlib.suppress(OSError):
+        region.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(region, dtype=dtype).view(tuple(shape))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
+from pyruntime.errors import UsageError
 from pyruntime.ops import memory, rope
 from pyruntime.ops._native import Native
 from pyruntime.ops.native_step import NativeStep
@@ -53,7 +54,7 @@ class Program:
         """Number of the table of angles of a rope for the rows of a view; made when it is first asked for."""
         key = (spec, wanted)
         if key not in self._rotaries:
-            frequencies = rope.inverse_frequencies(spec).contiguous()
+            frequencies = rope.inverse_frequencies(spec).cpu().contiguous()
             self._kept.append(frequencies)
             factor = 1.0 if spec.attention_factor is None else spec.attention_factor
             where = (frequencies.data_ptr(), frequencies.numel())
@@ -94,7 +95,10 @@ class ProgramRun:
         slices = [(each.token_ids, each.start, each.pages, each.wanted) for each in self.step.slices]
         workspace = (self.workspace.data_ptr(), self.workspace.numel() * 4)
         logits = (self.logits.data_ptr(), self.logits.numel())
-        self.native.run(begin, end, slices, self.step.cache, workspace, logits)  # type: ignore[attr-defined]
+        try:
+            self.native.run(begin, end, slices, self.step.cache, workspace, logits)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise UsageError("STEP", str(error)) from None
 
     def buffer(self, place: int, rows: Rows, width: int) -> torch.Tensor:
         """What a place holds, [rows, width]: a view, valid until the next run."""

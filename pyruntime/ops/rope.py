@@ -28,7 +28,7 @@ def inverse_frequencies(rope: Rope) -> torch.Tensor:
     trained context `dynamic` equals default; beyond it cached keys would have to change, so longer contexts are refused
     before a step is made.
     """
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64) / rope.dim
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64, device="cpu") / rope.dim
     frequencies = rope.theta**-exponents
     match rope.kind:
         case RopeKind.LINEAR:
@@ -75,6 +75,6 @@ def _yarn(rope: Rope, frequencies: torch.Tensor) -> torch.Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
     # a ramp of no width would divide by zero; transformers widens it by the same thousandth
-    ramp = (torch.arange(rope.dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)
+    ramp = (torch.arange(rope.dim // 2, dtype=torch.float64, device="cpu") - low) / ((high - low) or 0.001)
     stretched = ramp.clamp(0, 1)
     return frequencies * (stretched / rope.factor + (1 - stretched))

@@ -93,19 +93,22 @@ def _target(asked: str, dtype: torch.dtype, device: torch.device) -> tuple[str, 
         raise UsageError("TARGET", f"target {asked!r} does not exist; expected one of auto, {', '.join(TARGETS)}")
     if asked == "cpu" and device.type != "cpu":
         raise UsageError("TARGET", f"target cpu cannot run on device {device}; choose device cpu or target reference")
+    refused = refused_dtype(None, dtype)
+    if asked == "cpu" and refused is not None:
+        raise UsageError("TARGET", f"target cpu: {refused}; choose one of these dtypes, or target reference")
     if asked != "auto":
         return asked, "asked for"
     if device.type != "cpu":
         return "reference", f"auto: the one target that runs whole plans on {device}"
-    refused = refused_dtype(None, dtype)
     if refused is not None:
+        # said, because it is many times slower
+        _LOGGER.warning("PyTorch runs the plan, not the C++ target: %s; choose one of these dtypes for speed", refused)
         return "reference", f"auto: target cpu refused: {refused}"
     try:
         _native.load()
     except UsageError as error:
         if error.code != "NATIVE":
             raise
-        # said, because it is many times slower
         _LOGGER.warning("the C++ target is missing, so PyTorch runs the plan: %s", error)
         return "reference", "auto: pyruntime._C is not built"
     return "cpu", "auto"

@@ -80,14 +80,15 @@ class Plan:
 
         A step that wants no row stops where the tail begins. `watch` is shown every node's outputs; on target cpu each
         node is then a call of its own, and the outputs are views that later nodes write over. It must not run this
-        plan. Raises UsageError CACHE for a cache that another kind of plan made.
+        plan. Raises UsageError CACHE for a cache that another kind of plan made, and on target cpu UsageError STEP for
+        ids, pages and offsets out of bounds.
         """
         cache = step.cache
-        if cache.shapes != self.kv_shapes or cache.dtype != self.dtype:
+        found = (cache.shapes, cache.dtype, cache.device)
+        needed = (self.kv_shapes, self.dtype, self.device)
+        if found != needed:
             raise UsageError(
-                "CACHE",
-                f"the cache holds {cache.dtype} of {cache.shapes}; the plan needs {self.dtype} of {self.kv_shapes}: "
-                "make it with plan.new_cache",
+                "CACHE", f"the cache is made for {found}; the plan needs {needed}: make it with plan.new_cache"
             )
         with torch.inference_mode():
             if self.program is None:

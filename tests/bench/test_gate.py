@@ -34,8 +34,8 @@ from tests.helpers import all_logits, hf_logits, make_plan, pruned_model, withou
 
 MakeLlama = Callable[..., tuple[Path, Any]]
 PATTERN = DropPlan(attention=(0, 2), mlp=(1,))
-# what the gate runs: 32 tokens spread over a vocabulary of 61
-GATE_TOKENS = [i * 7919 % 61 for i in range(32)]
+# what the gate runs, spread over a vocabulary of 61: as much of 70 tokens as the model holds, and 5 tokens
+GATE_SEQUENCES = [[k * 7919 % 61 for k in range(64)], [k * 7919 % 61 for k in range(1, 6)]]
 
 
 def spoil(plan: Plan, place: int, factor: float) -> Plan:
@@ -57,8 +57,9 @@ def test_an_honest_plan_passes_with_its_distance_from_transformers(make_llama: M
     result = check_plan(make_plan(folder, PATTERN, dtype), pruned_model(folder, PATTERN))
     assert result.nmse <= result.limit == LIMITS[getattr(torch, dtype)]
     # the same figure from transformers in float64, over the tokens that the gate runs
-    (found,) = all_logits(make_plan(folder, PATTERN, dtype), [GATE_TOKENS], 32)
-    expected = hf_logits(without(hf_model, PATTERN).double(), GATE_TOKENS)
+    found = torch.cat(all_logits(make_plan(folder, PATTERN, dtype), GATE_SEQUENCES, 64))
+    oracle = without(hf_model, PATTERN).double()
+    expected = torch.cat([hf_logits(oracle, sequence) for sequence in GATE_SEQUENCES])
     theirs = float((found.double() - expected).square().sum() / expected.square().sum())
     assert result.nmse == pytest.approx(theirs, rel=0.05, abs=1e-12)
 

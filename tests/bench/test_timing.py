@@ -8,11 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyruntime.bench import Ceiling, Samples, interleaved, matmul_rate, read_bandwidth, sampled, timing
+from pyruntime.bench import Ceiling, Samples, interleaved, sampled, timing
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
@@ -109,11 +108,3 @@ def test_timers_say_their_own_seconds() -> None:
     times = iter([1.0, 10.0, 2.0, 20.0])
     fast, slow = sampled([lambda: next(times), lambda: next(times)], 2)
     assert (fast.seconds, slow.seconds) == ((1.0, 2.0), (10.0, 20.0))
-
-
-def test_torch_probes_divide_by_the_fastest_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_BANDWIDTH_BYTES", 1 << 20)
-    times = Samples((0.5, 0.25, 1.0))
-    monkeypatch.setattr(timing, "interleaved", lambda runs, repeats: (times,))
-    assert read_bandwidth() == (1 << 20) / 0.25
-    assert matmul_rate(torch.float32) == 2 * timing._MATMUL_SIDE["cpu"] ** 3 / 0.25
