@@ -92,13 +92,13 @@ def model_of(layers: list[tuple[Any, Any, bool]], **changes: Any) -> ModelSpec:
         ),
         "final_norm": rms(),
         "head": Head(linear=lin(D, VOCAB), tied=False),
-        "max_position": 64,
+        "max_position": 256,
     }
     return ModelSpec(**{**fields, **changes})
 
 
 def attention_of(size: int, num_heads: int, num_kv_heads: int, head_dim: int, **changes: Any) -> Attention:
-    """An attention of these sizes with a rope over the whole head."""
+    """An attention of these sizes with a rope over the whole head, or all but the last value of an odd one."""
     q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
     fields: dict[str, Any] = {
         "num_heads": num_heads,
@@ -109,7 +109,7 @@ def attention_of(size: int, num_heads: int, num_kv_heads: int, head_dim: int, **
         "v": lin(size, kv_size),
         "o": lin(q_size, size),
         "scale": 0.4,
-        "rope": replace(ROPE, dim=head_dim),
+        "rope": replace(ROPE, dim=head_dim // 2 * 2) if head_dim > 1 else None,
         "pre": rms(size),
     }
     return Attention(**{**fields, **changes})
@@ -142,6 +142,16 @@ ODD_MODELS = {
             (ATTENTIONS["norms per head"], replace(PLAIN_MLP, residual=False), False),
         ],
         head=Head(linear=lin(D, VOCAB), tied=True),
+    ),
+    # at 150 tokens a whole block of 64 positions lies before the window
+    "long window, long softcap": model_of(
+        [
+            (attention_of(33, 6, 2, 10, window=70), mlp_of(33, 20), False),
+            (attention_of(33, 3, 1, 24, softcap=2.0), None, False),
+        ],
+        embedding=Embedding(vocab_size=61, size=33, scale=1.7),
+        final_norm=rms(33),
+        head=Head(linear=lin(33, 61), tied=False),
     ),
 }
 

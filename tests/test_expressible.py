@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,14 +38,22 @@ from tests.specs import (
 
 # several pages of the reference's size, and of the C++ target's
 TOKENS = {"reference": [5, 0, 36, 11, 11, 2, 30, 7, 19], "cpu": [(5 * i * i + 3 * i) % 37 for i in range(37)]}
+# four blocks of 64 positions of the C++ attention, the last one not full
+LONG = [(5 * i * i + 3 * i) % 37 for i in range(200)]
 # the reference runs in float64. float32: 24 bits, and errors of sums of tens of products grow over up to four layers
 LIMITS = {"float64": 1e-10, "float32": 2e-5}
 NMSE_LIMIT = 5e-4
 
 
-def check(spec: ModelSpec, target: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> None:
+def check(
+    spec: ModelSpec,
+    target: str,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    tokens: Sequence[int] = (),
+    chunks: tuple[int, ...] = (64, 4, 1),
+) -> None:
     """Fused and unfused plans, whole and in chunks, against the naive transformer in float64 with the same weights."""
-    tokens = TOKENS[target]
+    tokens = tokens or TOKENS[target]
     for dtype in dtypes if target == "cpu" else (torch.float64,):
         name = str(dtype).removeprefix("torch.")
         model = random_model(spec, dtype)
@@ -52,7 +61,7 @@ def check(spec: ModelSpec, target: str, dtypes: tuple[torch.dtype, ...] = (torch
         for graph in (build(spec), fuse(build(spec))):
             plan = lower(graph, model, dtype=name, target=target)
             assert {step.implementation.target for step in plan.steps} == {target}
-            for chunk in (64, 4, 1):
+            for chunk in chunks:
                 (found,) = all_logits(plan, [tokens], chunk)
                 if dtype is torch.bfloat16:
                     assert nmse(found, expected) < NMSE_LIMIT
@@ -171,3 +180,11 @@ def test_vocabularies(size: int, vocab_size: int, tied: bool, target: str) -> No
 def test_every_cpu_path(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYRUNTIME_CPU_ISA", isa)
     check(ODD_MODELS[name], "cpu")
+
+
+@pytest.mark.parametrize("isa", _native.load().module.isa_available())
+@pytest.mark.parametrize("name", ODD_MODELS)
+def test_every_cpu_path_over_several_blocks(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is of the plan's dtype: float32 and bfloat16."""
+    monkeypatch.setenv("PYRUNTIME_CPU_ISA", isa)
+    check(ODD_MODELS[name], "cpu", tokens=LONG, chunks=(256, 65, 9))

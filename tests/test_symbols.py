@@ -58,6 +58,11 @@ def test_each_isa_uses_its_own_registers_and_no_wider_ones(objects: dict[str, li
         assert re.search(r"vfmadd\S+\s.*%zmm", code[isa])
 
 
+def test_one_copy_multiplies_bfloat16_in_hardware(objects: dict[str, list[Path]]) -> None:
+    code = {isa: "".join(disassembly(path) for path in paths) for isa, paths in objects.items()}
+    assert [isa for isa in ISAS if re.search(r"\bvdpbf16ps\b", code[isa])] == ["avx512_bf16"]
+
+
 def test_the_extension_links_no_torch() -> None:
     import pyruntime._C as native
 

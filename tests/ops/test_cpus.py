@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pyruntime.errors import UsageError
 from pyruntime.ops import _native
 
 
@@ -42,3 +43,28 @@ def test_the_default_number_of_threads_respects_affinity(monkeypatch: pytest.Mon
     native = _native.load()
     assert 1 <= native.module.num_threads() <= len(os.sched_getaffinity(0))
     assert native.num_threads == native.module.num_threads()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1025", "two", ""])
+def test_an_impossible_number_of_threads_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYRUNTIME_NUM_THREADS", value)
+    with pytest.raises(UsageError, match=f"is '{value}'; expected an integer from 1 to 1024") as caught:
+        _native.load()
+    assert caught.value.code == "ENV"
+
+
+def test_fewer_threads_than_were_asked_for_are_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PYRUNTIME_NUM_THREADS", "3")
+    assert _native.load().num_threads == 3
+    assert caplog.text == ""
+    monkeypatch.setattr(_native.load().module, "start_team", lambda num_threads: num_threads - 1)
+    assert _native.load().num_threads == 2
+    assert "2 of 3 threads could be started" in caplog.text
+
+
+@pytest.mark.parametrize("num_threads", [0, 1025])
+def test_a_team_of_an_impossible_size_is_refused(num_threads: int) -> None:
+    with pytest.raises(ValueError, match=f"num_threads is {num_threads}; expected 1 to 1024"):
+        _native.load().module.start_team(num_threads)

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,12 @@ from tests.specs import ODD_MODELS, random_model
 ISAS = _native.load().module.isa_available()
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (37, 1, 3, 16, 17, 33, 40)
-SEQUENCES = [[(5 * i * i + seed) % 37 for i in range(length)] for seed, length in enumerate(LENGTHS)]
+# around the borders of attention's blocks of 64 positions, and far behind a window of 70
+LONG_LENGTHS = (63, 64, 65, 129, 200)
+SEQUENCES, LONG = (
+    [[(5 * i * i + seed) % 37 for i in range(length)] for seed, length in enumerate(lengths)]
+    for lengths in (LENGTHS, LONG_LENGTHS)
+)
 
 
 @pytest.fixture(params=ISAS)
@@ -56,6 +62,23 @@ def test_a_rows_logits_depend_on_its_own_sequence_only(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ODD_MODELS)
+def test_rows_of_sequences_of_several_blocks_depend_on_their_own_only(
+    isa: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, where attention sums up by blocks and blocks lie before the window."""
+    monkeypatch.setenv("PYRUNTIME_NUM_THREADS", "1")
+    plan = cpu_plan(ODD_MODELS[name], dtype)
+    whole = all_logits(plan, LONG, 256)
+    for chunk in (1, 13, 65):
+        for found, expected in zip(all_logits(plan, LONG, chunk), whole, strict=True):
+            assert torch.equal(found, expected)
+    for sequence, expected in zip(LONG, whole, strict=True):
+        (found,) = all_logits(plan, [sequence], 31)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ODD_MODELS)
 def test_the_number_of_threads_changes_no_bit(
     isa: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +88,7 @@ def test_the_number_of_threads_changes_no_bit(
         plan = cpu_plan(ODD_MODELS[name], dtype)
         assert plan.program is not None and plan.program.num_threads == threads
         found[threads] = [torch.cat(all_logits(plan, SEQUENCES, chunk)) for chunk in (64, 9)]
+        found[threads].append(torch.cat(all_logits(plan, LONG[-2:], 256)))
     for threads in (2, 3, 7):
         assert all(torch.equal(a, b) for a, b in zip(found[threads], found[1], strict=True))
 
@@ -179,3 +203,12 @@ def test_weights_of_strange_strides_are_taken_as_they_are_meant() -> None:
         plans = [lower(fuse(build(spec)), each, target="cpu") for each in (model, odd)]
         found, expected = (all_logits(plan, SEQUENCES[:1], 64)[0] for plan in plans)
         assert torch.equal(found, expected)
+
+
+def test_between_runs_the_team_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYRUNTIME_NUM_THREADS", "4")
+    all_logits(cpu_plan(next(iter(ODD_MODELS.values()))), SEQUENCES, 9)
+    before = time.process_time()
+    time.sleep(0.5)
+    # processor time of all threads: one that went on looking for work would take all of it
+    assert time.process_time() - before < 0.1

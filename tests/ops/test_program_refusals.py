@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from pyruntime.errors import UsageError
+from pyruntime.graph import build
 from pyruntime.ops import _native
+from pyruntime.ops.step import SequenceSlice, make_step
+from pyruntime.plan import lower
+from tests.specs import ATTENTION as SPEC_ATTENTION
+from tests.specs import PLAIN_MLP, model_of, random_model
 
 VOCAB, SIZE, HEADS, HEAD_DIM = 37, 24, 2, 6
 # places: three of all rows, one of wanted rows, the logits
@@ -128,7 +134,10 @@ BAD_STEPS: list[tuple[str, dict[str, Any], str]] = [
     ("qkv_rope", {"num_heads": 3, "num_kv_heads": 2}, "3 heads are not a multiple of 2 key heads"),
     ("qkv_rope", {"q_column": 13}, "q_column is 13 with room for 11 values; expected 12"),
     ("qkv_rope", {"k_column": 19}, "k_column is 19 with room for 5 values; expected 6"),
-    ("qkv_rope", {"v_column": -3}, "v_column is -3 with room"),
+    ("qkv_rope", {"v_column": -3}, "v_column is -3; expected a column of 24"),
+    ("qkv_rope", {"k_column": 25}, "k_column is 25; expected a column of 24"),
+    # near the least number of 64 bits a difference to it would wrap around
+    ("qkv_rope", {"v_column": -(1 << 63)}, "v_column is -9223372036854775808; expected a column of 24"),
     ("qkv_rope", {"v_column": -1}, "keys and values must both be computed, or neither"),
     ("qkv_rope", {"q_norm": norm(size=5, gain=None)}, "a norm spans 5 values; its input has 12"),
     ("qkv_rope", {"rotary": 1}, "table of angles 1 of 1"),
@@ -190,8 +199,8 @@ def test_a_rope_wider_than_a_head_is_refused() -> None:
     [
         ({"isa": "sse9"}, "CPU path 'sse9' cannot run here; this CPU has generic"),
         ({"num_threads": -1}, "num_threads is -1; expected 0"),
-        ({"num_threads": 5000}, "num_threads is 5000; expected 0 .* to 4096"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"num_threads": 1025}, "num_threads is 1025; expected 0 .* to 1024"),
+        ({"vocab_size": 0}, "vocab_size is 0; expected 1 to"),
         ({"widths": []}, "a program needs a place for its logits"),
         ({"widths": [(-1, 0)]}, "a place of -1 and 0 values a row"),
     ],
@@ -263,8 +272,27 @@ def test_a_bad_run_is_refused(changes: dict[str, Any], said: str) -> None:
         run(program, changes)
 
 
-@pytest.mark.parametrize("rows, wanted", [(-1, 0), (0, -1), (1 << 40, 0)])
+@pytest.mark.parametrize("rows, wanted", [(-1, 0), (0, -1), ((1 << 24) + 1, 0), (0, 1 << 40)])
 def test_impossible_numbers_of_rows_are_refused(rows: int, wanted: int) -> None:
     for ask in (whole_program().regions, whole_program().workspace_bytes):
-        with pytest.raises(ValueError, match=f"{rows} and {wanted} rows"):
+        with pytest.raises(ValueError, match=f"{rows} and {wanted} rows; expected 0 to {1 << 24} of each"):
             ask(rows, wanted)
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        (SequenceSlice([5, 37], 0, [0], []), "token id 37; expected 0 to 36"),
+        (SequenceSlice([5], 0, [3], []), "page 3; expected 0 to 2"),
+        (SequenceSlice([5, 6], 15, [0], []), "a slice of 2 tokens from position 15 has 1 pages of 16"),
+        (SequenceSlice([5, 6], 0, [0], [2]), "wanted offset 2"),
+    ],
+)
+def test_a_plan_refuses_a_bad_step_as_a_callers_mistake(bad: SequenceSlice, said: str) -> None:
+    spec = model_of([(SPEC_ATTENTION, PLAIN_MLP, False)])
+    plan = lower(build(spec), random_model(spec, torch.float32), target="cpu")
+    with pytest.raises(UsageError, match=said) as caught:
+        plan.run(make_step([bad], plan.new_cache(3, 16)))
+    assert caught.value.code == "STEP"
+    good = SequenceSlice([5, 6], 0, [0], [1])
+    assert not plan.run(make_step([good], plan.new_cache(3, 16))).isnan().any()

@@ -12,25 +12,18 @@ from pyruntime.graph import build, fuse
 from pyruntime.ops.step import SequenceSlice
 from pyruntime.plan import Plan, first_difference, lower
 from pyruntime.spec import DropPlan, ModelSpec, drop_sublayers
-from tests.helpers import pages_of
-from tests.specs import ATTENTION, ATTENTIONS, MLPS, PLAIN_MLP, REPLACEMENT, model_of, random_model
+from tests.specs import ATTENTION, ATTENTIONS, MLPS, ODD_MODELS, PLAIN_MLP, REPLACEMENT, model_of, random_model
+from tests.stepwise import PAGE_SIZE, advancing, errors
 
-PAGE_SIZE = 16
 LENGTHS = (37, 1, 16, 17)
 LAYERS = [(ATTENTION, PLAIN_MLP, False) for _ in range(4)]
-# float32 and bfloat16 against float64; errors of a buffer over its root mean square
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.2}
+# float32 against float64; errors of a buffer over its root mean square
+LIMIT = 1e-4
 
 
 def runs(chunk: int) -> list[list[SequenceSlice]]:
     """Steps that advance all sequences by `chunk` tokens; each wants its first and last token of the step."""
-    sequences = [[(5 * i * i + seed) % 37 for i in range(length)] for seed, length in enumerate(LENGTHS)]
-    pages = pages_of(sequences, PAGE_SIZE)
-    found = []
-    for start in range(0, max(LENGTHS), chunk):
-        parts = [(sequence[start : start + chunk], own) for sequence, own in zip(sequences, pages, strict=True)]
-        found.append([SequenceSlice(ids, start, own, sorted({0, len(ids) - 1})) for ids, own in parts if ids])
-    return found
+    return advancing(LENGTHS, [chunk] * -(-max(LENGTHS) // chunk))
 
 
 def plans(spec: ModelSpec, dtype: torch.dtype, fused: bool = True) -> tuple[Plan, Plan]:
@@ -62,13 +55,33 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+both = pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+
+
+@both
 @pytest.mark.parametrize("name", SPECS)
-def test_every_buffer_and_the_cache_equal_the_references(name: str, fused: bool, dtype: torch.dtype) -> None:
-    expected, found = plans(SPECS[name], dtype, fused)
+def test_every_buffer_and_the_cache_equal_the_references(name: str, fused: bool) -> None:
+    expected, found = plans(SPECS[name], torch.float32, fused)
     for chunk in (64, 5, 1):
-        assert first_difference(expected, found, runs(chunk), page_size=PAGE_SIZE, limit=LIMITS[dtype]) is None
+        assert first_difference(expected, found, runs(chunk), page_size=PAGE_SIZE, limit=LIMIT) is None
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*SPECS, *ODD_MODELS])
+def test_every_step_alone_equals_the_reference_of_what_it_read(name: str, dtype: torch.dtype, fused: bool) -> None:
+    """Errors of the steps before it are no excuse: its own are those of float32, and of one rounding to bfloat16."""
+    expected, found = plans({**SPECS, **ODD_MODELS}[name], dtype, fused)
+    for steps in (runs(64), runs(5), LONG_RUNS if name in ODD_MODELS else runs(1)):
+        assert [each for each in errors(expected, found, steps) if each.wrong] == []
+
+
+def test_a_wrong_step_of_a_bfloat16_plan_is_seen_and_no_other() -> None:
+    expected, found = plans(SPECS["plain"], torch.bfloat16)
+    # the exponent of one of some hundred weights
+    weight_of("layers.2.attention.o", found).view(torch.int16)[0, 0, 0] ^= 1 << 9
+    wrong = [each.step for each in errors(expected, found, runs(5)) if each.wrong]
+    assert wrong == ["layers.2.attention.o"]
 
 
 def weight_of(step_name: str, plan: Plan) -> torch.Tensor:
@@ -79,6 +92,8 @@ def weight_of(step_name: str, plan: Plan) -> torch.Tensor:
     return weight if weight.dtype is torch.float32 else weight.view(torch.float32)
 
 
+# around the borders of attention's blocks of 64 positions, and far behind a window of 70
+LONG_RUNS = advancing((63, 64, 65, 129, 200), (63, 1, 1, 64, 50, 21))
 STEPS = [step.node.name for step in plans(SPECS["last attentions dropped"], torch.float32)[1].steps if step.weights]
 
 
@@ -88,7 +103,7 @@ def test_a_step_with_a_wrong_weight_is_named(name: str) -> None:
     weight = weight_of(name, found)
     # one value of a panel's first outputs, and of a token that occurs
     weight.flatten()[0] += 0.1
-    difference = first_difference(expected, found, runs(5), page_size=PAGE_SIZE, limit=LIMITS[torch.float32])
+    difference = first_difference(expected, found, runs(5), page_size=PAGE_SIZE, limit=LIMIT)
     assert difference is not None
     assert difference.step == name
     assert difference.op in str(difference)
@@ -99,7 +114,7 @@ def test_a_wrong_value_projection_is_seen_in_the_cache() -> None:
     expected, found = plans(SPECS["plain"], torch.float32)
     # columns 0 to 23 are queries, 24 to 35 keys, 36 to 47 values: the third panel holds output 36 in lane 4
     weight_of("layers.1.attention.qkv", found)[2, 0, 4] += 0.1
-    difference = first_difference(expected, found, runs(64), page_size=PAGE_SIZE, limit=LIMITS[torch.float32])
+    difference = first_difference(expected, found, runs(64), page_size=PAGE_SIZE, limit=LIMIT)
     assert difference is not None
     assert (difference.step, difference.buffer) == ("layers.1.attention.qkv", "values of cache slot 1")
 
@@ -119,7 +134,7 @@ def test_a_later_run_is_named() -> None:
     first = {token for each in steps[0] for token in each.token_ids}
     later = next(t for each in steps[1] for t in each.token_ids if t not in first)
     weight_of("embed", found)[later] += 1.0
-    difference = first_difference(expected, found, steps, page_size=PAGE_SIZE, limit=LIMITS[torch.float32])
+    difference = first_difference(expected, found, steps, page_size=PAGE_SIZE, limit=LIMIT)
     assert difference is not None
     assert (difference.run, difference.step) == (1, "embed")
 

@@ -87,26 +87,33 @@ def test_a_mixed_tail_computes_the_wanted_rows(wanted: list[int], monkeypatch: p
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_other_dtypes_fall_to_the_reference_node_by_node(dtype: str) -> None:
-    plan = plan_of(SPEC, target="cpu", dtype=dtype)
-    why = f"cpu refused: its kernels take float32 and bfloat16, not {dtype}"
-    assert plan.program is None
-    assert all(step.implementation.target == "reference" and step.reason == why for step in plan.steps)
-    assert plan.explain().count(why) == len(plan.steps)
-    expected = all_logits(plan_of(SPEC, target="reference", dtype=dtype), SEQUENCES, 64)
-    assert all(torch.equal(a, b) for a, b in zip(all_logits(plan, SEQUENCES, 64), expected, strict=True))
+def test_the_cpu_target_refuses_other_dtypes_by_name(dtype: str) -> None:
+    with pytest.raises(UsageError, match=f"float32 and bfloat16, not {dtype}") as caught:
+        plan_of(SPEC, target="cpu", dtype=dtype)
+    assert caught.value.code == "TARGET"
 
 
-@pytest.mark.parametrize("dtype, target", [("float32", "cpu"), ("bfloat16", "cpu"), ("float16", "reference")])
-def test_auto_takes_what_runs_the_whole_plan_and_says_why(dtype: str, target: str) -> None:
+@pytest.mark.parametrize(
+    "dtype, target",
+    [("float32", "cpu"), ("bfloat16", "cpu"), ("float16", "reference"), ("float64", "reference")],
+)
+def test_auto_takes_what_runs_the_whole_plan_and_says_why(
+    dtype: str, target: str, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = plan_of(SPEC, target="auto", dtype=dtype)
     assert plan.target == target
     assert {step.implementation.target for step in plan.steps} == {target}
-    text = plan.explain()
+    said = [(each.name, each.levelname) for each in caplog.records]
     if target == "cpu":
-        assert "cpu (auto)" in text
+        assert "cpu (auto)" in plan.explain()
+        assert said == []
     else:
-        assert f"auto: target cpu refused: its kernels take float32 and bfloat16, not {dtype}" in text
+        why = f"its kernels take float32 and bfloat16, not {dtype}"
+        assert f"auto: target cpu refused: {why}" in plan.explain()
+        assert said == [("pyruntime", "WARNING")]
+        assert why in caplog.text
+        expected = all_logits(plan_of(SPEC, target="reference", dtype=dtype), SEQUENCES, 64)
+        assert all(torch.equal(a, b) for a, b in zip(all_logits(plan, SEQUENCES, 64), expected, strict=True))
 
 
 def test_auto_without_the_extension_says_so_and_runs(

@@ -13,6 +13,7 @@ import torch
 from pyruntime.checkpoint import read_model
 from pyruntime.errors import UsageError
 from pyruntime.graph import SequenceWork, build, fuse
+from pyruntime.ops.cache import KvCache
 from pyruntime.ops.step import SequenceSlice, make_step
 from pyruntime.plan import lower
 from pyruntime.spec import DropPlan
@@ -101,7 +102,10 @@ def test_the_cache_of_another_kind_of_plan_is_refused(make_llama: MakeLlama, tar
     folder, _ = make_llama()
     plan = make_plan(folder, target=target)
     others = [make_plan(folder, dtype="bfloat16", target=target), make_plan(folder, DropPlan(attention=(1,)))]
-    for other in [*others, make_plan(make_llama(head_dim=24)[0], target=target)]:
-        step = make_step([SequenceSlice([1, 2, 3], 0, [0], [2])], other.new_cache(1, 16))
-        with pytest.raises(UsageError, match="make it with plan"):
+    others.append(make_plan(make_llama(head_dim=24)[0], target=target))
+    elsewhere = KvCache(plan.kv_shapes, 1, 16, plan.dtype, "meta")
+    for cache in [*(other.new_cache(1, 16) for other in others), elsewhere]:
+        step = make_step([SequenceSlice([1, 2, 3], 0, [0], [2])], cache)
+        with pytest.raises(UsageError, match="make it with plan") as caught:
             plan.run(step)
+        assert caught.value.code == "CACHE"
