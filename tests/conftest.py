@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tests.generation import save_text_model
 
 # nothing here may reach for the network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# a shell starts what runs in the background deaf to Ctrl-C, which some tests send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # the models are tiny: a second thread costs more than it gives, above all on a busy machine
 torch.set_num_threads(1)
 
