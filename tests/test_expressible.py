@@ -41,7 +41,7 @@ TOKENS = {"reference": [5, 0, 36, 11, 11, 2, 30, 7, 19], "cpu": [(5 * i * i + 3 
 # four blocks of 64 positions of the C++ attention, the last one not full
 LONG = [(5 * i * i + 3 * i) % 37 for i in range(200)]
 # the reference runs in float64. float32: 24 bits, and errors of sums of tens of products grow over up to four layers
-LIMITS = {"float64": 1e-10, "float32": 2e-5}
+LIMITS = {"float64": 1e-10, "float32": 1e-5}
 NMSE_LIMIT = 5e-4
 
 
@@ -51,6 +51,7 @@ def check(
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
     tokens: Sequence[int] = (),
     chunks: tuple[int, ...] = (64, 4, 1),
+    factor: int = 1,
 ) -> None:
     """Fused and unfused plans, whole and in chunks, against the naive transformer in float64 with the same weights."""
     tokens = tokens or TOKENS[target]
@@ -66,7 +67,7 @@ def check(
                 if dtype is torch.bfloat16:
                     assert nmse(found, expected) < NMSE_LIMIT
                 else:
-                    assert relative_error(found, expected) < LIMITS[name]
+                    assert relative_error(found, expected) < factor * LIMITS[name]
 
 
 targets = pytest.mark.parametrize("target", TARGETS)
@@ -159,9 +160,9 @@ def test_head_sizes(heads: tuple[int, int], head_dim: int, target: str) -> None:
 def test_widths_that_fill_no_panel(size: int, hidden: int, target: str) -> None:
     layers = [(attention_of(size, 3, 1, 10, pre=rms(size)), mlp_of(size, hidden), False) for _ in range(2)]
     embedding = Embedding(vocab_size=61, size=size, scale=1.0)
-    check(
-        model_of(layers, embedding=embedding, final_norm=rms(size), head=Head(linear=lin(size, 61), tied=False)), target
-    )
+    spec = model_of(layers, embedding=embedding, final_norm=rms(size), head=Head(linear=lin(size, 61), tied=False))
+    # a stream of one value: each rounding is all of it, none is averaged out
+    check(spec, target, factor=2 if size == 1 else 1)
 
 
 @targets
