@@ -151,9 +151,9 @@ def of_sample(row: Mapping[str, Any], command: Sequence[str]) -> Figure:
 # kind -> title, what makes a figure of a row
 KINDS: Final[Mapping[str, tuple[str, Callable[[Mapping[str, Any], Sequence[str]], Figure]]]] = {
     "transformers": ("pyruntime beside eager transformers, the same weights", of_transformers),
-    "drops": ("a pruned model beside the dense one", of_drops),
-    "shapes": ("published shapes with random weights", of_shapes),
-    "sample": ("the choice of the next token, compiled beside torch", of_sample),
+    "drops": ("A pruned model beside the dense one", of_drops),
+    "shapes": ("Published shapes with random weights", of_shapes),
+    "sample": ("The choice of the next token, compiled beside torch", of_sample),
 }
 
 
@@ -191,7 +191,7 @@ def table(runs: Sequence[Run]) -> str:
     for kind, (title, _) in KINDS.items():
         for run in sorted((each for each in newest.values() if each.kind == kind), key=Run.command_line):
             about = f"{run.machine_line()}; commit {run.commit or 'unknown'}; {run.time[:10]}"
-            heading = f"**{title[0].upper()}{title[1:]}** ({about})  \n`{run.command_line()}`"
+            heading = f"**{title}** ({about})  \n`{run.command_line()}`"
             parts += [heading, "\n".join(_lines(run))]
     return "\n\n".join(parts)
 
