@@ -19,6 +19,11 @@ std::vector<std::string> available_names() {
 
 }  // namespace
 
+void pyruntime::check_threads(const char* what, std::int64_t num_threads) {
+    PYRUNTIME_CHECK(num_threads >= 1 && num_threads <= kMaxThreads, what, ": num_threads is ", num_threads,
+                    "; expected 1 to ", kMaxThreads);
+}
+
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled CPU kernels. Use them through pyruntime.ops.";
     module.def(
@@ -29,8 +34,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "start_team",
         [](int num_threads) {
-            PYRUNTIME_CHECK(num_threads >= 1 && num_threads <= pyruntime::kMaxThreads, "num_threads is ", num_threads,
-                            "; expected 1 to ", pyruntime::kMaxThreads);
+            pyruntime::check_threads("start_team", num_threads);
             return pyruntime::start_team(num_threads);
         },
         pybind11::arg("num_threads"), "Starts a team and returns its threads: fewer where the machine gives no more.");

@@ -20,6 +20,9 @@ constexpr std::int64_t kMaxSize = std::int64_t{1} << 30;
 // the integer attribute `name`; throws std::invalid_argument below `least` or above kMaxSize
 std::int64_t size_of(const pybind11::handle& from, const char* name, std::int64_t least);
 
+// throws std::invalid_argument, which begins with `what`, unless a team can have so many threads
+void check_threads(const char* what, std::int64_t num_threads);
+
 // A step of the op from the attributes of `fields`, which are named as in steps.h; throws std::invalid_argument where
 // sizes, memory or places do not fit together. bindings_steps.cpp
 PlannedStep unpack_step(const Program& program, const std::string& op, const pybind11::handle& fields);

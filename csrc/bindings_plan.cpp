@@ -17,8 +17,7 @@ constexpr std::int64_t kMaxRows = std::int64_t{1} << 24;
 
 Program make_program(const std::string& isa, int num_threads, std::int64_t vocab_size, std::int64_t num_slots,
                      const std::vector<std::pair<std::int64_t, std::int64_t>>& widths) {
-    PYRUNTIME_CHECK(num_threads >= 0 && num_threads <= kMaxThreads, "num_threads is ", num_threads,
-                    "; expected 0 (all that are allowed) to ", kMaxThreads);
+    check_threads("Program", num_threads);
     PYRUNTIME_CHECK(vocab_size > 0 && vocab_size <= kMaxSize, "vocab_size is ", vocab_size, "; expected 1 to ",
                     kMaxSize);
     PYRUNTIME_CHECK(!widths.empty(), "a program needs a place for its logits");
@@ -28,8 +27,7 @@ Program make_program(const std::string& isa, int num_threads, std::int64_t vocab
                         wanted, " values a row");
         places.push_back({{all, wanted}});
     }
-    return Program(isa_from_name(isa), num_threads == 0 ? num_threads_allowed() : num_threads, vocab_size, num_slots,
-                   std::move(places));
+    return Program(isa_from_name(isa), num_threads, vocab_size, num_slots, std::move(places));
 }
 
 using SliceTuple =
@@ -78,21 +76,23 @@ void run_program(const Program& program, std::int64_t begin, std::int64_t end, s
                 reinterpret_cast<float*>(logits.first));
 }
 
-std::vector<std::pair<std::int64_t, std::int64_t>> regions_of(const Program& program, std::int64_t rows,
-                                                              std::int64_t wanted) {
+std::vector<Region> checked_regions(const Program& program, std::int64_t rows, std::int64_t wanted) {
     PYRUNTIME_CHECK(rows >= 0 && wanted >= 0 && rows <= kMaxRows && wanted <= kMaxRows, rows, " and ", wanted,
                     " rows; expected 0 to ", kMaxRows, " of each");
+    return program.regions({rows, wanted});
+}
+
+std::vector<std::pair<std::int64_t, std::int64_t>> regions_of(const Program& program, std::int64_t rows,
+                                                              std::int64_t wanted) {
     std::vector<std::pair<std::int64_t, std::int64_t>> found;
-    for (const Region& region : program.regions({rows, wanted})) {
+    for (const Region& region : checked_regions(program, rows, wanted)) {
         found.emplace_back(region.offset, region.num_bytes);
     }
     return found;
 }
 
 std::int64_t workspace_bytes_of(const Program& program, std::int64_t rows, std::int64_t wanted) {
-    PYRUNTIME_CHECK(rows >= 0 && wanted >= 0 && rows <= kMaxRows && wanted <= kMaxRows, rows, " and ", wanted,
-                    " rows; expected 0 to ", kMaxRows, " of each");
-    return Program::workspace_bytes(program.regions({rows, wanted}));
+    return Program::workspace_bytes(checked_regions(program, rows, wanted));
 }
 
 }  // namespace

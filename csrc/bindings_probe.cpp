@@ -8,11 +8,6 @@
 namespace pyruntime {
 namespace {
 
-void check_threads(const char* probe, int num_threads) {
-    PYRUNTIME_CHECK(num_threads >= 1 && num_threads <= kMaxThreads, probe, ": num_threads is ", num_threads,
-                    "; expected 1 to ", kMaxThreads);
-}
-
 // what all workers did together
 std::int64_t total(const std::vector<ProbeResult>& results) {
     std::int64_t amount = 0;

@@ -74,14 +74,9 @@ void check_vocab(std::int64_t vocab) {
     PYRUNTIME_CHECK(vocab > 0 && vocab <= kMostIds, "sample: vocab is ", vocab, "; expected 1 to ", kMostIds);
 }
 
-void check_threads(std::int64_t num_threads) {
-    PYRUNTIME_CHECK(num_threads > 0 && num_threads <= kMaxThreads, "sample: num_threads is ", num_threads,
-                    "; expected 1 to ", kMaxThreads);
-}
-
 std::int64_t scratch_bytes(std::int64_t vocab, std::int64_t num_threads) {
     check_vocab(vocab);
-    check_threads(num_threads);
+    check_threads("sample", num_threads);
     SampleScratch unused;
     return lay_out(vocab, 0, &unused) * num_threads;
 }

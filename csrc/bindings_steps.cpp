@@ -132,19 +132,19 @@ private:
 
 StepParams embed_step(const Program& program, const Step& step) {
     EmbedStep params{};
-    params.vocab = program.vocab_size();
+    const std::int64_t vocab = program.vocab_size();
     params.size = step.size("size");
     params.dtype = step.dtype("dtype");
     params.in_panels = step["in_panels"].cast<bool>();
     params.scale = step.number("scale");
     params.out = step.place("out", params.size);
     if (params.in_panels) {
-        const std::int64_t padded = (params.vocab + kPanel - 1) / kPanel * kPanel;
+        const std::int64_t padded = (vocab + kPanel - 1) / kPanel * kPanel;
         params.table = step.memory_of<std::uint32_t>("table", padded * units_of(params.dtype, params.size));
     } else if (params.dtype == kFloat32) {
-        params.table = step.memory_of<float>("table", params.vocab * params.size);
+        params.table = step.memory_of<float>("table", vocab * params.size);
     } else {
-        params.table = step.memory_of<std::uint16_t>("table", params.vocab * params.size);
+        params.table = step.memory_of<std::uint16_t>("table", vocab * params.size);
     }
     PYRUNTIME_CHECK(params.table != nullptr, "the embedding has no table");
     return params;

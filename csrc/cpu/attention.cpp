@@ -5,8 +5,6 @@
 namespace pyruntime::PYRUNTIME_ISA_NAMESPACE {
 namespace {
 
-// positions between two updates of the running maximum
-constexpr int64_t kBlock = 64;
 // no score is below it, and the distance to a hidden one is infinite, not undefined
 constexpr float kLowest = -3.40282347e38f;
 
@@ -48,7 +46,7 @@ struct Range {
 // What one worker keeps of its task, in floats of its own.
 struct State {
     float* queries;  // [head_dim][rows of the tile]
-    float* weights;  // [rows][kBlock]: scores, then their exponentials
+    float* weights;  // [rows][kAttentionBlock]: scores, then their exponentials
     float* sums;     // [rows][head_dim]: mix of values so far
     float maximum[kTileRows];
     float total[kTileRows];
@@ -106,7 +104,7 @@ void score_strip(const Value* keys, int64_t page_size, const float* queries, int
     for (int r = 0; r < M; ++r) {
 #pragma GCC unroll 32
         for (int v = 0; v < kVecs; ++v) {
-            store(scores + r * kBlock + v * kLanes, sums[r][v]);
+            store(scores + r * kAttentionBlock + v * kLanes, sums[r][v]);
         }
     }
 }
@@ -132,7 +130,7 @@ void mix_panels(const Value* values, int64_t head_dim, const float* weights, int
         for (int r = 0; r < M; ++r) {
 #pragma GCC unroll 32
             for (int v = 0; v < P * kVecs; ++v) {
-                sums[r][v] += value[v] * weights[r * kBlock + position];
+                sums[r][v] += value[v] * weights[r * kAttentionBlock + position];
             }
         }
     }
@@ -158,7 +156,8 @@ void mix_strip(const Value* values, int64_t head_dim, const float* weights, int6
     for (; d < head_dim; ++d) {
         for (int r = 0; r < M; ++r) {
             for (int64_t position = 0; position < count; ++position) {
-                sums[r * head_dim + d] += weights[r * kBlock + position] * widen(values[position * head_dim + d]);
+                sums[r * head_dim + d] +=
+                    weights[r * kAttentionBlock + position] * widen(values[position * head_dim + d]);
             }
         }
     }
@@ -166,11 +165,11 @@ void mix_strip(const Value* values, int64_t head_dim, const float* weights, int6
 
 // scores to exponentials, for one row and the positions [begin, begin + count); rescales what was summed before
 void soften(const AttentionStep& step, State& state, int64_t r, int64_t begin, int64_t count) {
-    float* weights = state.weights + r * kBlock;
+    float* weights = state.weights + r * kAttentionBlock;
     // counted from the block's begin; the block's width is as good as any place behind it
     const auto in_block = [&](int64_t position) {
         const int64_t at = position - begin;
-        return static_cast<int32_t>(at < -1 ? -1 : at > kBlock ? kBlock : at);
+        return static_cast<int32_t>(at < -1 ? -1 : at > kAttentionBlock ? kAttentionBlock : at);
     };
     const int32_t first = in_block(state.seen[r].first), last = in_block(state.seen[r].last);
     const bool hides = first > 0 || last < count - 1;
@@ -216,9 +215,9 @@ void attend(const Block<Value>& block, State& state) {
         all.last = state.seen[r].last > all.last ? state.seen[r].last : all.last;
     }
     const int64_t last_strip = all.last / kPanel;
-    constexpr int64_t kStrips = kBlock / kPanel;
+    constexpr int64_t kStrips = kAttentionBlock / kPanel;
     // blocks begin at fixed positions: what a row adds up must not depend on the rows beside it
-    for (int64_t strip = all.first / kBlock * kStrips; strip <= last_strip; strip += kStrips) {
+    for (int64_t strip = all.first / kAttentionBlock * kStrips; strip <= last_strip; strip += kStrips) {
         const int64_t strips = last_strip - strip + 1 < kStrips ? last_strip - strip + 1 : kStrips;
         for (int64_t i = 0; i < strips; ++i) {
             score_strip<Value, M>(block.keys(strip + i), block.run->page_size, state.queries, step.head_dim,
@@ -255,7 +254,7 @@ void run_task(const AttentionStep& step, const RunContext& run, const ViewRows& 
     State state;
     state.queries = own;
     state.weights = state.queries + kTileRows * step.head_dim;
-    state.sums = state.weights + kTileRows * kBlock;
+    state.sums = state.weights + kTileRows * kAttentionBlock;
     int64_t at[kTileRows];
     for (int64_t r = 0; r < height; ++r) {
         const int64_t query = task.tile.first_row + r;

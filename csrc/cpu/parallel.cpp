@@ -137,7 +137,7 @@ struct Job {
 
     void work(int index) {
         inside_run = true;
-        body(context, Worker{&team, index, count});
+        body(context, Worker{&team, index});
         inside_run = false;
     }
 };
@@ -228,7 +228,7 @@ void run_team(int num_threads, TeamBody body, const void* context) {
         const bool nested = inside_run;
         inside_run = true;
         Team alone(1);
-        body(context, Worker{&alone, 0, 1});
+        body(context, Worker{&alone, 0});
         inside_run = nested;
         return;
     }

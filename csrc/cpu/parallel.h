@@ -13,7 +13,6 @@ class Team;
 struct Worker {
     Team* team;
     int index;  // 0 is the thread that called run_team
-    int count;
 };
 
 // Must not throw: it may run on a thread that nobody waits on with a handler.

@@ -22,11 +22,6 @@ struct Overloaded : Functions... {
 template <class... Functions>
 Overloaded(Functions...) -> Overloaded<Functions...>;
 
-// whether a projection was merged away, so that its place is taken by the normed input
-bool takes_input(const QkvRopeStep& step) {
-    return step.q_column == kMergedAway || step.k_column == kMergedAway || step.v_column == kMergedAway;
-}
-
 void check_slice(const SequenceSlice& slice, const Cache& cache, std::int64_t vocab_size) {
     const auto length = static_cast<std::int64_t>(slice.token_ids.size());
     PYRUNTIME_CHECK(length > 0 && slice.start >= 0, "a slice has ", length, " tokens from position ", slice.start,
@@ -69,9 +64,8 @@ Batch::Batch(const std::vector<SequenceSlice>& slices, const Cache& cache, std::
             const Rows& all = rows_[kAllRows];
             add_row(kWantedRows, all.token_ids[at], all.positions[at], first_row + offset, all.slots[at]);
         }
-        const std::int64_t context = slice.start + length;
-        rows_[kAllRows].spans.push_back({first_row, first_row + length, slice.pages.data(), context});
-        rows_[kWantedRows].spans.push_back({first_wanted, num_rows(kWantedRows), slice.pages.data(), context});
+        rows_[kAllRows].spans.push_back({first_row, first_row + length, slice.pages.data()});
+        rows_[kWantedRows].spans.push_back({first_wanted, num_rows(kWantedRows), slice.pages.data()});
     }
 }
 
@@ -119,25 +113,26 @@ void Program::grow_scratch(const StepParams& params) {
         // a worker norms one row at a time, and may pack a tile of its own
         grow(own_floats_, rounded_up(inputs, kPanel) + kMaxTileRows * units_of(panels.dtype, inputs));
     };
-    std::visit(Overloaded{
-                   [&](const LinearStep& step) { packs(step.matrix, step.matrix.inputs); },
-                   [&](const HeadStep& step) { packs(step.matrix, step.matrix.inputs); },
-                   [&](const MlpStep& step) {
-                       packs(step.gate_up, step.gate_up.inputs);
-                       grow(hidden_words_, units_of(step.down.dtype, step.down.inputs));
-                       packs(step.down, step.down.inputs);
-                       grow(wide_floats_, step.sub.kind == kNoNorm ? 0 : step.down.inputs);
-                   },
-                   [&](const QkvRopeStep& step) {
-                       packs(step.matrix, step.in_size);
-                       grow(wide_floats_, step.matrix.outputs);
-                       grow(normed_floats_, takes_input(step) ? step.in_size : 0);
-                       grow(own_floats_, step.num_kv_heads * step.head_dim);
-                   },
-                   [&](const AttentionStep& step) { grow(own_floats_, kMaxTileRows * (2 * step.head_dim + 64)); },
-                   [](const auto&) {},
-               },
-               params);
+    std::visit(
+        Overloaded{
+            [&](const LinearStep& step) { packs(step.matrix, step.matrix.inputs); },
+            [&](const HeadStep& step) { packs(step.matrix, step.matrix.inputs); },
+            [&](const MlpStep& step) {
+                packs(step.gate_up, step.gate_up.inputs);
+                grow(hidden_words_, units_of(step.down.dtype, step.down.inputs));
+                packs(step.down, step.down.inputs);
+                grow(wide_floats_, step.sub.kind == kNoNorm ? 0 : step.down.inputs);
+            },
+            [&](const QkvRopeStep& step) {
+                packs(step.matrix, step.in_size);
+                grow(wide_floats_, step.matrix.outputs);
+                grow(normed_floats_, takes_input(step) ? step.in_size : 0);
+                grow(own_floats_, step.num_kv_heads * step.head_dim);
+            },
+            [&](const AttentionStep& step) { grow(own_floats_, kMaxTileRows * (2 * step.head_dim + kAttentionBlock)); },
+            [](const auto&) {},
+        },
+        params);
 }
 
 std::vector<Region> Program::regions(const std::int64_t (&rows)[kNumViews]) const {

@@ -89,8 +89,7 @@ void finish_row(const QkvRopeStep& step, const RunContext& run, View view, const
 
 void qkv_rope(const QkvRopeStep& step, const RunContext& run, View view, const Worker& worker) {
     const int64_t rows = run.views[view].num_rows;
-    const bool merged = step.q_column == kMergedAway || step.k_column == kMergedAway || step.v_column == kMergedAway;
-    float* normed = merged ? run.normed : nullptr;
+    float* normed = takes_input(step) ? run.normed : nullptr;
     const uint32_t* packed =
         norm_and_pack(step.norm, run.places[step.in], step.in_size, rows, step.matrix.dtype, normed, run, worker);
     if (step.matrix.outputs > 0) {

@@ -19,13 +19,12 @@ from pyruntime.bench.random_model import random_model
 from pyruntime.bench.shapes import shape_spec
 from pyruntime.bench.summary import num_weights
 from pyruntime.bench.timing import Samples, interleaved, percentile, sampled, wait_for
-from pyruntime.engine.load import DropOptions, EngineSizes, Loaded, make_engine
+from pyruntime.engine.load import DropOptions, EngineSizes, Loaded, make_engine, pruned
 from pyruntime.engine.memory import check_memory
 from pyruntime.engine.params import SamplingParams
 from pyruntime.errors import UsageError
 from pyruntime.graph import Cost, SequenceWork, build, fuse
 from pyruntime.ops.step import SequenceSlice, make_step
-from pyruntime.passes import drop, make_drop_plan
 from pyruntime.plan import Plan, lower
 
 PERCENTILES: Final = (10, 25, 50, 75, 90, 99)
@@ -158,15 +157,7 @@ def load_shape(
 
     `dtype` "auto" is bfloat16. Raises UsageError SHAPE for an unknown name, RunError MEMORY for one that does not fit.
     """
-    dense = random_model(shape_spec(name), "bfloat16" if dtype == "auto" else dtype)
-    dropped = make_drop_plan(
-        dense.spec,
-        drop_attn=drops.drop_attn,
-        drop_mlp=drops.drop_mlp,
-        drop_block=drops.drop_block,
-        drop_plan=drops.drop_plan,
-    )
-    model = drop(dense, dropped) if dropped else dense
+    model = pruned(random_model(shape_spec(name), "bfloat16" if dtype == "auto" else dtype), drops)
     check_memory(model.weight_bytes, f"a model of the shape {name}")
     plan = lower(fuse(build(model.spec)), model, target=target, dtype=dtype, device=device)
     return Loaded(model=model, plan=plan, tokenizer=None, generation_config={}, eos_token_ids=())

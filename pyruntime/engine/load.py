@@ -82,6 +82,13 @@ def read_pruned(name: str | Path, drops: DropOptions, revision: str | None = Non
     if (level := env.logging_level()) is not None:
         _LOGGER.setLevel(level)
     model = read_model(resolve_model(name, revision))
+    for note in model.notes:
+        _LOGGER.warning("%s: %s", name, note)
+    return pruned(model, drops)
+
+
+def pruned(model: Model, drops: DropOptions) -> Model:
+    """The model without what `drops` names. Raises UsageError DROP for layers that it does not have."""
     plan = make_drop_plan(
         model.spec,
         drop_attn=drops.drop_attn,
@@ -89,8 +96,6 @@ def read_pruned(name: str | Path, drops: DropOptions, revision: str | None = Non
         drop_block=drops.drop_block,
         drop_plan=drops.drop_plan,
     )
-    for note in model.notes:
-        _LOGGER.warning("%s: %s", name, note)
     return drop(model, plan) if plan else model
 
 

@@ -88,7 +88,7 @@ struct Tiny {
         const auto* zeros = reinterpret_cast<const std::uint32_t*>(zero.data());
         const Panels square{words, nullptr, kSize, kSize, kFloat32}, head{words, nullptr, kSize, kVocab, kFloat32};
         const Panels nothing{zeros, nullptr, kSize, kSize, kFloat32};
-        program.add({EmbedStep{table.data(), kVocab, kSize, kFloat32, 0, 1.0f, 0}, kAllRows});
+        program.add({EmbedStep{table.data(), kSize, kFloat32, 0, 1.0f, 0}, kAllRows});
         program.add({LinearStep{none, square, 0, 0, 1}, kAllRows});
         program.add({MlpStep{none, none, square, square, 0, kRelu, 1, 1, 1}, kAllRows});
         program.add({QkvRopeStep{none, nothing, none, none, kSize, 0, kMergedAway, kMergedAway, 1, 1, kSize, 0, -1, 0,

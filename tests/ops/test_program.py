@@ -42,6 +42,10 @@ def cpu_plan(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Plan:
     return lower(fuse(build(spec)), random_model(spec, dtype), target="cpu")
 
 
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ODD_MODELS)
 def test_a_rows_logits_depend_on_its_own_sequence_only(
@@ -52,12 +56,10 @@ def test_a_rows_logits_depend_on_its_own_sequence_only(
     plan = cpu_plan(ODD_MODELS[name], dtype)
     whole = all_logits(plan, SEQUENCES, 64)
     for chunk in (1, 12, 13, 25):
-        for found, expected in zip(all_logits(plan, SEQUENCES, chunk), whole, strict=True):
-            assert torch.equal(found, expected)
+        assert_same(all_logits(plan, SEQUENCES, chunk), whole)
     for sequence, expected in zip(SEQUENCES, whole, strict=True):
         for chunk in (64, 5):
-            (found,) = all_logits(plan, [sequence], chunk)
-            assert torch.equal(found, expected)
+            assert_same(all_logits(plan, [sequence], chunk), [expected])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,11 +72,9 @@ def test_rows_of_sequences_of_several_blocks_depend_on_their_own_only(
     plan = cpu_plan(ODD_MODELS[name], dtype)
     whole = all_logits(plan, LONG, 256)
     for chunk in (1, 13, 65):
-        for found, expected in zip(all_logits(plan, LONG, chunk), whole, strict=True):
-            assert torch.equal(found, expected)
+        assert_same(all_logits(plan, LONG, chunk), whole)
     for sequence, expected in zip(LONG, whole, strict=True):
-        (found,) = all_logits(plan, [sequence], 31)
-        assert torch.equal(found, expected)
+        assert_same(all_logits(plan, [sequence], 31), [expected])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -198,8 +198,8 @@ def test_a_rope_wider_than_a_head_is_refused() -> None:
     "changes, said",
     [
         ({"isa": "sse9"}, "CPU path 'sse9' cannot run here; this CPU has generic"),
-        ({"num_threads": -1}, "num_threads is -1; expected 0"),
-        ({"num_threads": 1025}, "num_threads is 1025; expected 0 .* to 1024"),
+        ({"num_threads": -1}, "num_threads is -1; expected 1"),
+        ({"num_threads": 1025}, "num_threads is 1025; expected 1 to 1024"),
         ({"vocab_size": 0}, "vocab_size is 0; expected 1 to"),
         ({"widths": []}, "a program needs a place for its logits"),
         ({"widths": [(-1, 0)]}, "a place of -1 and 0 values a row"),

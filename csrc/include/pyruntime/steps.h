@@ -19,6 +19,9 @@ constexpr int kNumViews = 2;
 constexpr std::int64_t kPanel = 16;
 constexpr std::int64_t kMaxTileRows = 16;
 
+// positions that attention takes between two updates of its running maximum
+constexpr std::int64_t kAttentionBlock = 64;
+
 enum NormKind : std::int32_t { kNoNorm = 0, kRms = 1, kLayerNorm = 2 };
 enum Activation : std::int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
 
@@ -54,7 +57,6 @@ inline std::int64_t units_of(std::int32_t dtype, std::int64_t inputs) {
 // out = table[token] * scale; the table is row-major, or in panels where the head shares it
 struct EmbedStep {
     const void* table;
-    std::int64_t vocab;
     std::int64_t size;
     std::int32_t dtype;
     std::int32_t in_panels;
@@ -102,6 +104,11 @@ struct QkvRopeStep {
     Place in, out;
 };
 
+// whether a projection was merged away, so that the normed input is needed as it is
+inline bool takes_input(const QkvRopeStep& step) {
+    return step.q_column == kMergedAway || step.k_column == kMergedAway || step.v_column == kMergedAway;
+}
+
 // out = attention of the queries `in` over cache slot `slot`; softcap 0 and window 0 are none
 struct AttentionStep {
     std::int64_t num_heads, num_kv_heads, head_dim;
@@ -141,12 +148,11 @@ struct Rotary {
     std::int32_t view;
 };
 
-// Rows [begin, end) of a view belong to one sequence whose cache pages are listed; `context` positions are in the
+// Rows [begin, end) of a view belong to one sequence whose cache pages are listed.
 // cache.
 struct SpanRows {
     std::int64_t begin, end;
     const std::int64_t* pages;
-    std::int64_t context;
 };
 
 struct ViewRows {
