@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from pyruntime import env
 from pyruntime.ops import attention, cache, memory
@@ -22,6 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # the models are tiny: a second thread costs more than it gives, above all on a busy machine
 torch.set_num_threads(1)
+# by hand, with --hypothesis-profile=stress; what it is for says so
+settings.register_profile("stress", max_examples=20_000)
 
 TINY: dict[str, Any] = {
     "vocab_size": 61,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -130,25 +131,29 @@ class Engine:
         yield from self._requests
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; the outputs of the requests that it advanced."""
+        """Compute one step; the outputs of the requests that it advanced.
+
+        Where the plan or the sampler raises, memory being short, no request has changed: the next step repeats it.
+        """
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
         slices = [_slice(chunk) for chunk in chunks]
         logits = self.plan.run(make_step(slices, self._cache, self.plan.device))
-        sampled: list[RunningSequence] = []
-        sampled_rows: list[int] = []
-        row = 0
-        for chunk, piece in zip(chunks, slices, strict=True):
+        ends = list(itertools.accumulate(len(piece.wanted) for piece in slices))
+        scored = [
+            self._score_prompt(chunk.sequence, logits[end - len(piece.wanted) : end])
+            for chunk, piece, end in zip(chunks, slices, ends, strict=True)
+        ]
+        last = [(chunk.sequence, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.last]
+        sampled = iter(self._sample(logits, [each for each, _ in last], [row for _, row in last]))
+        for chunk, prompt_results in zip(chunks, scored, strict=True):
             chunk.sequence.num_computed += chunk.length
-            rows = logits[row : row + len(piece.wanted)]
-            row += len(piece.wanted)
-            self._add_prompt_logprobs(chunk.sequence, rows)
+            self._add_prompt_logprobs(chunk.sequence, prompt_results)
+            result = next(sampled) if chunk.last else None
             # the prompt's own logits may have ended the sequence
-            if chunk.last and chunk.sequence.finish_reason is None:
-                sampled.append(chunk.sequence)
-                sampled_rows.append(row - 1)
-        self._sample(logits, sampled, sampled_rows)
+            if result is not None and chunk.sequence.finish_reason is None:
+                self._advance(chunk.sequence, result)
         advanced = dict.fromkeys(
             chunk.sequence.request_id for chunk in chunks if chunk.last or chunk.sequence.finish_reason
         )
@@ -198,9 +203,11 @@ class Engine:
             min_tokens=params.min_tokens,
         )
 
-    def _sample(self, logits: torch.Tensor, sequences: Sequence[RunningSequence], rows: Sequence[int]) -> None:
+    def _sample(
+        self, logits: torch.Tensor, sequences: Sequence[RunningSequence], rows: Sequence[int]
+    ) -> list[sample.SampleResult]:
         if not sequences:
-            return
+            return []
         wanted = (
             [self._sample_config(sequence) for sequence in sequences],
             [sequence.prompt_token_ids for sequence in sequences],
@@ -208,11 +215,8 @@ class Engine:
             [len(sequence.output_token_ids) for sequence in sequences],
         )
         if self._native is not None:
-            results = self._native.sample(logits, rows, *wanted)
-        else:
-            results = sample.reference(logits[rows], *wanted)
-        for sequence, result in zip(sequences, results, strict=True):
-            self._advance(sequence, result)
+            return self._native.sample(logits, rows, *wanted)
+        return sample.reference(logits[rows], *wanted)
 
     def _sample_config(self, sequence: RunningSequence) -> sample.SampleConfig:
         params = sequence.params
@@ -268,14 +272,16 @@ class Engine:
         if all(each.finish_reason is not None for each in request.sequences):
             request.finished_time = time.monotonic()
 
-    def _add_prompt_logprobs(self, sequence: RunningSequence, rows: torch.Tensor) -> None:
-        done = len(sequence.prompt_logprobs)
-        next_ids = sequence.prompt_token_ids[done : done + len(rows)]
+    def _score_prompt(self, sequence: RunningSequence, rows: torch.Tensor) -> list[sample.SampleResult]:
+        """One result for each of the prompt's tokens whose logits `rows` begin with."""
+        next_ids = _unscored(sequence, len(rows))
         if sequence.params.prompt_logprobs is None or sequence.index > 0 or not next_ids:
-            return
+            return []
         score = sample.token_logprobs if self._native is None else self._native.token_logprobs
-        scored = score(rows[: len(next_ids)], next_ids, sequence.params.prompt_logprobs)
-        for token_id, result in zip(next_ids, scored, strict=True):
+        return score(rows[: len(next_ids)], next_ids, sequence.params.prompt_logprobs)
+
+    def _add_prompt_logprobs(self, sequence: RunningSequence, results: Sequence[sample.SampleResult]) -> None:
+        for token_id, result in zip(_unscored(sequence, len(results)), results, strict=True):
             if result.error is not None:
                 self._finish(sequence, FinishReason.ERROR, result.error)
                 return
@@ -312,6 +318,12 @@ class Engine:
                 num_preemptions=sum(each.num_preemptions for each in request.sequences),
             ),
         )
+
+
+def _unscored(sequence: RunningSequence, count: int) -> tuple[int, ...]:
+    """The first `count` of the prompt's tokens whose log-probabilities are not known, or what there is of them."""
+    done = len(sequence.prompt_logprobs)
+    return sequence.prompt_token_ids[done : done + count]
 
 
 def _slice(chunk: Chunk[RunningSequence]) -> SequenceSlice:

@@ -197,7 +197,9 @@ def test_token_to_text_is_what_a_token_adds(tokenizer: Tokenizer) -> None:
 
 
 def test_check_vocab(tokenizer: Tokenizer) -> None:
-    tokenizer.check_vocab(3)
+    tokenizer.check_vocab(tokenizer.vocab_size)
+    with pytest.raises(CheckpointError, match=rf"ids up to {tokenizer.vocab_size - 1}, the model has ids 0 to"):
+        tokenizer.check_vocab(tokenizer.vocab_size - 1)
     with pytest.raises(CheckpointError, match=r"eos_token '</s>' has id 2; the model has ids 0 to 1"):
         tokenizer.check_vocab(2)
 
