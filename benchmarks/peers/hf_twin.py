@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from pyruntime.checkpoint import Model
-from pyruntime.checkpoint.families.llama import ACTIVATIONS, LLAMA
+from pyruntime.checkpoint.families import FAMILIES
+from pyruntime.checkpoint.families.decoder import ACTIVATIONS
 from pyruntime.errors import UsageError
 from pyruntime.spec import MLP, Attention, ModelSpec, RopeKind
 
@@ -30,16 +31,6 @@ _CLASSES: Final[Mapping[str, tuple[Any, Any]]] = {
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
 }
 _ROPES: Final = (RopeKind.DEFAULT, RopeKind.LINEAR, RopeKind.LLAMA3)
-_NEOX_NAMES: Final = {
-    "embedding": "gpt_neox.embed_in",
-    "attention.pre": "gpt_neox.layers.{}.input_layernorm",
-    "attention.o": "gpt_neox.layers.{}.attention.dense",
-    "mlp.pre": "gpt_neox.layers.{}.post_attention_layernorm",
-    "mlp.up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
-    "mlp.down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-    "final_norm": "gpt_neox.final_layer_norm",
-    "head": "lm_head",
-}
 
 
 class MlpLayer(nn.Module):
@@ -146,15 +137,14 @@ def _take_out(found: Any, spec: ModelSpec) -> None:
 
 def _tensors(model: Model, dtype: torch.dtype) -> Any:
     """(transformers' name, values) of every weight, one at a time."""
+    family = FAMILIES[model.spec.family]
     for name, weight in model.weights.items():
-        if model.spec.family != "gpt_neox":
-            yield LLAMA.tensor_name(name), weight.read().to(dtype)
-        elif ".attention.q." in name:
-            qkv = [model.weights[name.replace(".q.", f".{each}.")].read() for each in "qkv"]
-            layer, role = name.split(".")[1], name.rpartition(".")[2]
-            yield f"gpt_neox.layers.{layer}.attention.query_key_value.{role}", _interleaved(qkv, model.spec).to(dtype)
-        elif ".attention.k." not in name and ".attention.v." not in name:
-            yield _neox_name(name), weight.read().to(dtype)
+        parts, _ = family.fused_with(name)
+        if name == parts[0]:
+            values = [weight.read(), *(model.weights[part].read() for part in parts[1:])]
+            tensor = values[0] if len(values) == 1 else _interleaved(values, model.spec)
+            # the checkpoints' name of GPT-NeoX's head is not the class's
+            yield family.tensor_name(name).replace("embed_out.", "lm_head."), tensor.to(dtype)
 
 
 def _interleaved(qkv: list[torch.Tensor], spec: ModelSpec) -> torch.Tensor:
@@ -162,14 +152,6 @@ def _interleaved(qkv: list[torch.Tensor], spec: ModelSpec) -> torch.Tensor:
     (_, attention), *_ = spec.attentions()
     heads = [each.reshape(attention.num_heads, attention.head_dim, *each.shape[1:]) for each in qkv]
     return torch.cat(heads, dim=1).reshape(-1, *qkv[0].shape[1:])
-
-
-def _neox_name(name: str) -> str:
-    stem, _, role = name.rpartition(".")
-    parts = stem.split(".")
-    if parts[0] == "layers":
-        return f"{_NEOX_NAMES['.'.join(parts[2:])].format(parts[1])}.{role}"
-    return f"{_NEOX_NAMES[stem]}.{role}"
 
 
 def _put(found: Any, name: str, tensor: torch.Tensor) -> None:

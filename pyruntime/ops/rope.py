@@ -24,9 +24,9 @@ def inverse_frequencies(rope: Rope) -> torch.Tensor:
     """Radians per position of each pair of values, float64 [rope.dim / 2].
 
     Sources: Su et al. 2021 (default), Chen et al. 2023 (linear: positions divided by `factor`), Llama 3.1 (llama3:
-    long wavelengths divided, short ones kept, a linear blend between), Peng et al. 2023 section 3.2 (yarn). Within its
-    trained context `dynamic` equals default; beyond it cached keys would have to change, so longer contexts are refused
-    before a step is made.
+    long wavelengths divided, short ones kept, a linear blend between), Peng et al. 2023 section 3.2 (yarn), Ding et
+    al. 2024 (longrope: each divided by its own number). Beyond their trained context `dynamic`, which equals default
+    within it, and `longrope` would have to change cached keys, so longer contexts are refused before a step is made.
     """
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float64, device="cpu") / rope.dim
     frequencies = rope.theta**-exponents
@@ -37,6 +37,9 @@ def inverse_frequencies(rope: Rope) -> torch.Tensor:
             return _llama3(rope, frequencies)
         case RopeKind.YARN:
             return _yarn(rope, frequencies)
+        case RopeKind.LONGROPE:
+            assert rope.divisors
+            return frequencies / torch.tensor(rope.divisors, dtype=torch.float64, device="cpu")
     return frequencies
 
 

@@ -44,6 +44,7 @@ class RopeKind(StrEnum):
     DYNAMIC = "dynamic"
     LLAMA3 = "llama3"
     YARN = "yarn"
+    LONGROPE = "longrope"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +83,10 @@ class Norm:
 class Rope:
     """Rotary position embedding over the first `dim` values of a head, halves rotated (not interleaved).
 
-    `factor` stretches positions; `original_max_position` is the trained context of `dynamic`, `llama3` and `yarn`.
-    `low_freq_factor` and `high_freq_factor` belong to llama3; `beta_fast`, `beta_slow`, `truncate` and
-    `attention_factor` (multiplies cos and sin) to yarn (Peng et al. 2023, "YaRN", sections 3.1-3.4).
+    `factor` stretches positions; `original_max_position` is the trained context of every kind but default and linear.
+    `low_freq_factor` and `high_freq_factor` belong to llama3; `beta_fast`, `beta_slow` and `truncate` to yarn (Peng et
+    al. 2023, "YaRN", sections 3.1-3.4); `divisors`, one per pair of values, to longrope within its trained context
+    (Ding et al. 2024). `attention_factor` of the last two multiplies cos and sin.
     """
 
     kind: RopeKind
@@ -98,6 +100,7 @@ class Rope:
     beta_slow: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
+    divisors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_kind("rope kind", self.kind, RopeKind)
@@ -111,6 +114,7 @@ class Rope:
             RopeKind.DYNAMIC: ("original_max_position",),
             RopeKind.LLAMA3: ("original_max_position", "low_freq_factor", "high_freq_factor"),
             RopeKind.YARN: ("original_max_position", "beta_fast", "beta_slow", "attention_factor"),
+            RopeKind.LONGROPE: ("original_max_position", "divisors", "attention_factor"),
         }
         for name in needs.get(self.kind, ()):
             require(getattr(self, name) is not None, f"rope kind {self.kind} needs {name}")
@@ -119,6 +123,13 @@ class Rope:
         for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
             if getattr(self, name) is not None:
                 check_real(f"rope {name}", getattr(self, name), 0.0, 1e6)
+        if self.divisors is not None:
+            require(
+                isinstance(self.divisors, tuple) and 2 * len(self.divisors) == self.dim,
+                f"rope divisors are {str(self.divisors)[:80]}; expected a tuple of {self.dim // 2}, one for each pair",
+            )
+            for divisor in self.divisors:
+                check_real("rope divisor", divisor, 0.0, 1e6)
         if self.low_freq_factor is not None and self.high_freq_factor is not None:
             require(
                 self.low_freq_factor < self.high_freq_factor,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pyruntime.checkpoint.families.llama import llama_spec
+from pyruntime.checkpoint.families.llama import LLAMA
 from pyruntime.checkpoint.fields import Fields
 from tests.conftest import TINY
 
 
 def test_a_layer_that_lost_heads_keeps_the_size_of_the_others() -> None:
     """Pruning heads shortens the projections; it never widens the heads that stay."""
-    spec = llama_spec(Fields(TINY).with_layer_overrides({1: {"num_attention_heads": 2, "num_key_value_heads": 1}}))
+    spec = LLAMA.spec(Fields(TINY).with_layer_overrides({1: {"num_attention_heads": 2, "num_key_value_heads": 1}}))
     sizes = [(a.num_heads, a.num_kv_heads, a.head_dim, a.q_size, a.kv_size) for _, a in spec.attentions()]
     assert sizes[0] == (4, 2, 8, 32, 16)
     assert sizes[1] == (2, 1, 8, 16, 8)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyruntime.checkpoint.families.llama import llama_spec
+from pyruntime.checkpoint.families.llama import LLAMA
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import PyruntimeError
 from pyruntime.graph import Graph, build, fuse, verify
@@ -27,7 +27,7 @@ PATTERNS = {
 
 
 def spec(plan: DropPlan = DropPlan()) -> ModelSpec:
-    return drop_sublayers(llama_spec(Fields(TINY)), plan)
+    return drop_sublayers(LLAMA.spec(Fields(TINY)), plan)
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -64,3 +64,19 @@ def test_linear_divides_positions() -> None:
     plain = Rope(kind=RopeKind.DEFAULT, dim=8, theta=10000.0)
     stretched = rotary(rope, torch.tensor([40]))
     assert torch.allclose(stretched.cos, rotary(plain, torch.tensor([10])).cos, atol=1e-15)
+
+
+def test_longrope_divides_each_frequency_by_its_own_number() -> None:
+    divisors = (1.0, 2.0, 4.5)
+    rope = Rope(
+        kind=RopeKind.LONGROPE,
+        dim=6,
+        theta=100.0,
+        original_max_position=16,
+        attention_factor=1.25,
+        divisors=divisors,
+    )
+    found = rotary(rope, torch.tensor([7]))
+    angles = [7 * 100.0 ** (-2 * pair / 6) / divisor for pair, divisor in enumerate(divisors)]
+    assert found.cos[0].tolist() == pytest.approx([1.25 * math.cos(angle) for angle in angles], rel=1e-12)
+    assert found.sin[0].tolist() == pytest.approx([1.25 * math.sin(angle) for angle in angles], rel=1e-12)

@@ -104,12 +104,12 @@ def test_steps_that_want_nothing_stop_at_the_tail(make_llama: MakeLlama) -> None
 
 def test_the_published_70b_list_saves_what_its_arithmetic_says() -> None:
     """Llama-2-70B without 40 attentions, the last kept one in layer 44, loses 41 % of its linear prefill."""
-    from pyruntime.checkpoint.families.llama import llama_spec
+    from pyruntime.checkpoint.families.llama import LLAMA
     from pyruntime.checkpoint.fields import Fields
     from pyruntime.graph import build, cost_of, fuse
     from pyruntime.spec import drop_sublayers
 
-    spec = llama_spec(
+    spec = LLAMA.spec(
         Fields(
             {
                 "vocab_size": 32000,

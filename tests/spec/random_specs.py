@@ -42,11 +42,13 @@ def linears(draw: st.DrawFn, in_size: int, out_size: int) -> Linear:
 @st.composite
 def ropes(draw: st.DrawFn, head_dim: int) -> Rope:
     kind = draw(st.sampled_from(RopeKind))
-    long = kind in (RopeKind.DYNAMIC, RopeKind.LLAMA3, RopeKind.YARN)
+    long = kind not in (RopeKind.DEFAULT, RopeKind.LINEAR)
     yarn = kind is RopeKind.YARN
+    dim = draw(st.sampled_from(range(2, head_dim + 1, 2)))
+    divisors = st.lists(st.floats(0.5, 64.0), min_size=dim // 2, max_size=dim // 2).map(tuple)
     return Rope(
         kind=kind,
-        dim=draw(st.sampled_from(range(2, head_dim + 1, 2))),
+        dim=dim,
         theta=draw(st.floats(1.5, 1e6)),
         factor=draw(st.floats(0.5, 64.0)),
         original_max_position=draw(st.integers(1, 1 << 24)) if long else None,
@@ -54,8 +56,9 @@ def ropes(draw: st.DrawFn, head_dim: int) -> Rope:
         high_freq_factor=draw(st.floats(1.5, 8.0)) if kind is RopeKind.LLAMA3 else None,
         beta_fast=draw(reals) if yarn else None,
         beta_slow=draw(reals) if yarn else None,
-        attention_factor=draw(reals) if yarn else None,
+        attention_factor=draw(reals) if kind in (RopeKind.YARN, RopeKind.LONGROPE) else None,
         truncate=draw(st.booleans()),
+        divisors=draw(divisors) if kind is RopeKind.LONGROPE else None,
     )
 
 

@@ -60,6 +60,11 @@ def yarn(**fields: Any) -> Rope:
     return rope(RopeKind.YARN, **{**known, **fields})
 
 
+def longrope(**fields: Any) -> Rope:
+    known = {"original_max_position": 8, "attention_factor": 1.0, "divisors": (1.0, 2.0), "dim": 4}
+    return rope(RopeKind.LONGROPE, **{**known, **fields})
+
+
 def attention(**fields: Any) -> Attention:
     """Two query heads on one key head of 4 values each, over a stream of 8."""
     whole = {"q": linear(8, 8), "k": linear(8, 4), "v": linear(8, 4), "o": linear(8, 8), "scale": 0.5}
@@ -120,6 +125,7 @@ REALS: dict[str, tuple[Make, float]] = {
     "rope beta_fast": (lambda x: yarn(beta_fast=x), 1e6),
     "rope beta_slow": (lambda x: yarn(beta_slow=x), 1e6),
     "rope attention_factor": (lambda x: yarn(attention_factor=x), 1e6),
+    "rope divisor": (lambda x: longrope(divisors=(1.0, x)), 1e6),
     "attention scale": (lambda x: attention(scale=x), 1e6),
     "attention softcap": (lambda x: attention(softcap=x), 1e6),
     "embedding scale": (lambda x: Embedding(vocab_size=8, size=8, scale=x), 1e6),
@@ -315,8 +321,9 @@ def full_json() -> dict[str, Any]:
 
 OBJECTS = [(), *(path for path in places(full_json()) if isinstance(container(full_json(), path)[path[-1]], dict))]
 OPTIONAL = set(
-    "scale rope window softcap q_norm k_norm pre sub post residual weight bias parallel factor".split()
-) | set("original_max_position low_freq_factor high_freq_factor beta_fast beta_slow attention_factor truncate".split())
+    "scale rope window softcap q_norm k_norm pre sub post residual weight bias parallel factor original_max_position "
+    "low_freq_factor high_freq_factor beta_fast beta_slow attention_factor truncate divisors".split()
+)
 
 
 @pytest.mark.parametrize("path", OBJECTS, ids=str)
@@ -385,3 +392,8 @@ def test_kinds_are_members_of_their_enum_and_nothing_else() -> None:
 def test_ropes_that_cannot_turn_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="rope"):
         Rope(**{"kind": RopeKind.LINEAR, "dim": 4, "theta": 10.0, "factor": 2.0, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("divisors", [None, (), (1.0,), (1.0, 2.0, 3.0), [1.0, 2.0], 2.0, "12"], ids=repr)
+def test_longrope_has_a_divisor_for_each_pair(divisors: Any) -> None:
+    assert "divisors" in refused(lambda: longrope(divisors=divisors))

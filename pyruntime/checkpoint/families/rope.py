@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Final
 
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
 from pyruntime.spec import Rope, RopeKind
-from pyruntime.spec.bounds import MAX_POSITION
+from pyruntime.spec.bounds import MAX_HEAD_DIM, MAX_POSITION, check_real
 
-_KINDS: Final = {kind.value: kind for kind in RopeKind}
 _HIGH: Final = 1e12
 _YARN_BETA_FAST: Final = 32.0
 _YARN_BETA_SLOW: Final = 1.0
 
 
-def rope_from(fields: Fields, head_dim: int, max_position: int, default_theta: float = 10000.0) -> Rope:
+@dataclass(frozen=True, slots=True)
+class RopeKeys:
+    """Where a family keeps theta and the share of a head that turns; without `fraction`, heads turn whole.
+
+    `local_theta` is the key of the theta of sliding layers, in families whose rope differs by layer type; rope scaling
+    then belongs to the other layers alone.
+    """
+
+    theta: str = "rope_theta"
+    default_theta: float = 10000.0
+    fraction: str | None = None
+    default_fraction: float = 1.0
+    local_theta: str | None = None
+    default_local_theta: float = 10000.0
+
+
+def rope_from(fields: Fields, keys: RopeKeys, head_dim: int, max_position: int, *, sliding: bool = False) -> Rope:
     """The Rope of a configuration. Raises UsageError CONFIG for kinds and values that are not supported."""
-    parameters, theta = _parameters(fields, default_theta)
+    parameters, theta = _parameters(fields, keys, sliding)
     own = Fields(parameters)
-    kinds = {own.choice(name, _KINDS, None) for name in ("rope_type", "type")} - {None}
-    if len(kinds) > 1:
-        raise UsageError("CONFIG", f"config.json: rope_type and type are {' and '.join(sorted(kinds))}; remove one")
-    kind = kinds.pop() if kinds else RopeKind.DEFAULT
-    fraction = own.real("partial_rotary_factor", 0.0, 1.0, fields.real("partial_rotary_factor", 0.0, 1.0, 1.0))
+    kind = _kind(own)
     values: dict[str, Any] = {}
-    if kind is not RopeKind.DEFAULT:
+    if kind not in (RopeKind.DEFAULT, RopeKind.LONGROPE):
         values["factor"] = own.real("factor", 0.0, 1e6)
     if kind is RopeKind.DYNAMIC:
         values["original_max_position"] = max_position
-    if kind in (RopeKind.LLAMA3, RopeKind.YARN):
+    if kind in (RopeKind.LLAMA3, RopeKind.YARN, RopeKind.LONGROPE):
         # transformers looks for the trained context beside the rope parameters too, then takes the whole one
         trained = fields.integer("original_max_position_embeddings", 1, MAX_POSITION, max_position)
         values["original_max_position"] = own.integer("original_max_position_embeddings", 1, MAX_POSITION, trained)
@@ -39,29 +51,73 @@ def rope_from(fields: Fields, head_dim: int, max_position: int, default_theta: f
         values["high_freq_factor"] = own.real("high_freq_factor", 0.0, 1e6)
     if kind is RopeKind.YARN:
         values.update(_yarn(own, values["factor"]))
+    dim = int(head_dim * _fraction(fields, own, keys))
+    if kind is RopeKind.LONGROPE:
+        values.update(_longrope(own, dim, max_position, values["original_max_position"]))
     own.ignore(frozenset({"rope_theta", "rope_type", "type"}))
     if own.unused():
         raise UsageError("CONFIG", f"rope kind {kind} has the unknown parameters {list(own.unused())}; not supported")
-    return Rope(kind=kind, dim=int(head_dim * fraction), theta=theta, **values)
+    return Rope(kind=kind, dim=dim, theta=theta, **values)
 
 
-def _parameters(fields: Fields, default_theta: float) -> tuple[dict[str, Any], float]:
-    old, new = fields.raw("rope_scaling"), fields.raw("rope_parameters")
-    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
-        if value is not None and not isinstance(value, dict):
-            raise UsageError("CONFIG", f"config.json: {name} is {value!r}; expected an object")
+def _kind(own: Fields) -> RopeKind:
+    names = {kind.value: kind for kind in RopeKind} | {"su": RopeKind.LONGROPE}
+    kinds = {own.choice(name, names, None) for name in ("rope_type", "type")} - {None}
+    if len(kinds) > 1:
+        raise UsageError("CONFIG", f"config.json: rope_type and type are {' and '.join(sorted(kinds))}; remove one")
+    return kinds.pop() if kinds else RopeKind.DEFAULT
+
+
+def _fraction(fields: Fields, own: Fields, keys: RopeKeys) -> float:
+    outer = fields.real(keys.fraction or "partial_rotary_factor", 0.0, 1.0, keys.default_fraction)
+    fraction = float(own.real("partial_rotary_factor", 0.0, 1.0, outer))
+    if keys.fraction is None and fraction != 1.0:
+        # transformers ignores the key with default rope, and cannot run it with any other
+        raise UsageError("CONFIG", "partial_rotary_factor is not 1; this family turns whole heads: remove the key")
+    return fraction
+
+
+def _parameters(fields: Fields, keys: RopeKeys, sliding: bool) -> tuple[dict[str, Any], float]:
+    old, new = _object(fields, "rope_scaling"), _object(fields, "rope_parameters")
+    by_type = new is not None and any(isinstance(value, dict) for value in new.values())
+    if by_type and keys.local_theta is None:
+        raise UsageError("CONFIG", "config.json: rope_parameters differ by layer type; not supported for this family")
+    local = sliding and keys.local_theta is not None
+    if new is not None and keys.local_theta is not None:
+        new = _of_layer_type(new, local)
+    elif local:
+        old = None
     if old and new is not None and old != new:
         raise UsageError("CONFIG", "config.json: rope_scaling and rope_parameters differ; remove one")
-    if new is not None and any(isinstance(value, dict) for value in new.values()):
-        raise UsageError("CONFIG", "config.json: rope_parameters differ by layer type; not supported for this family")
     parameters: dict[str, Any] = new if new is not None else (old or {})
-    outer = fields.real("rope_theta", 0.0, _HIGH, None)
+    name, default = (keys.local_theta, keys.default_local_theta) if local else (keys.theta, keys.default_theta)
+    assert name is not None
+    outer = fields.real(name, 0.0, _HIGH, None)
     inner = Fields(parameters).real("rope_theta", 0.0, _HIGH, None)
     if outer is not None and inner is not None and outer != inner:
+        raise UsageError("CONFIG", f"config.json: {name} is {outer:g} and, in rope_parameters, {inner:g}; remove one")
+    return parameters, next((theta for theta in (inner, outer) if theta is not None), default)
+
+
+def _object(fields: Fields, name: str) -> dict[str, Any] | None:
+    value = fields.raw(name)
+    if value is not None and not isinstance(value, dict):
+        raise UsageError("CONFIG", f"config.json: {name} is {value!r}; expected an object")
+    return value
+
+
+def _of_layer_type(parameters: dict[str, Any], local: bool) -> dict[str, Any]:
+    found = {name: _object(Fields(parameters), name) or {} for name in ("sliding_attention", "full_attention")}
+    for each in found.values():
+        # what no layer asks for must be right too
+        Fields(each).real("rope_theta", 0.0, _HIGH, None)
+    unknown = sorted(set(parameters) - set(found))
+    if unknown:
         raise UsageError(
-            "CONFIG", f"config.json: rope_theta is {outer:g} and, in rope_parameters, {inner:g}; remove one"
+            "CONFIG",
+            f"config.json: rope_parameters has {unknown}; expected sliding_attention and full_attention, with objects",
         )
-    return parameters, next((theta for theta in (inner, outer) if theta is not None), default_theta)
+    return found["sliding_attention" if local else "full_attention"]
 
 
 def _yarn(own: Fields, factor: float) -> dict[str, Any]:
@@ -78,3 +134,21 @@ def _yarn(own: Fields, factor: float) -> dict[str, Any]:
         "attention_factor": own.real("attention_factor", 0.0, 1e6, inferred),
         "truncate": own.boolean("truncate", True),
     }
+
+
+def _longrope(own: Fields, dim: int, max_position: int, trained: int) -> dict[str, Any]:
+    """LongRoPE (Ding et al. 2024): a divisor for each frequency, and sqrt(1 + ln(factor) / ln(trained context)).
+
+    The long divisors serve sequences beyond the trained context, which are refused; they are checked all the same.
+    """
+    factor = own.real("factor", 0.0, 1e6, max_position / trained)
+    inferred = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 and trained > 1 else 1.0
+    short, _ = (_divisors(own, name, dim) for name in ("short_factor", "long_factor"))
+    return {"divisors": short, "attention_factor": own.real("attention_factor", 0.0, 1e6, inferred)}
+
+
+def _divisors(own: Fields, name: str, dim: int) -> tuple[float, ...]:
+    values = own.raw(name)
+    if not isinstance(values, list) or len(values) != dim // 2 or len(values) > MAX_HEAD_DIM:
+        raise UsageError("CONFIG", f"config.json: {name} of longrope is no list of {dim // 2} numbers")
+    return tuple(check_real(f"{name} of longrope", value, 0.0, 1e6) for value in values)

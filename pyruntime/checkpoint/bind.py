@@ -1,0 +1,130 @@
+"""From the names and shapes that a specification needs to references into the files: by family, by piece, lazily."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from pyruntime.checkpoint.families import Family
+from pyruntime.checkpoint.folder import StoredTensor
+from pyruntime.checkpoint.weight import TORCH_DTYPES, Rows, TensorRef, Weight
+from pyruntime.errors import CheckpointError
+from pyruntime.spec import Attention, ModelSpec, weight_shapes
+
+_DTYPE_NAMES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where weights lie: one stored tensor of `parts`, each `heads` runs of rows that alternate between the parts."""
+
+    name: str
+    parts: tuple[str, ...]
+    heads: int
+
+
+def bind(
+    spec: ModelSpec, dense: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]
+) -> tuple[dict[str, Weight], str]:
+    """The weights of `spec` by name, and the dtype of most of their bytes (some checkpoints keep norms in float32).
+
+    Raises CheckpointError MISSING_TENSOR, UNEXPECTED_TENSOR (a tensor that not even `dense` has), SHAPE or DTYPE.
+    """
+    shapes = weight_shapes(spec)
+    places = {place.name: place for place in _places(spec, family, shapes)}
+    dense_names = {place.name for place in _places(dense, family, weight_shapes(dense))}
+    _check_names(set(places), dense_names, family, stored)
+    _check_shapes(places.values(), shapes, stored)
+    weights: dict[str, Weight] = {}
+    num_bytes: Counter[str] = Counter()
+    for place in places.values():
+        shard, info = stored[place.name].shard, stored[place.name].info
+        whole = TensorRef(shard, place.name, info.dtype, info.shape, info.start, info.num_bytes)
+        weights.update(_cut(whole, place, shapes))
+        num_bytes[info.dtype] += info.num_bytes
+    return {name: weights[name] for name in shapes}, _DTYPE_NAMES[num_bytes.most_common(1)[0][0]]
+
+
+def stored_head(
+    spec: ModelSpec, dense: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]
+) -> tuple[ModelSpec, ModelSpec, Mapping[str, StoredTensor], tuple[str, ...]]:
+    """What a tied head means where the files hold one all the same: as transformers reads them, and a note."""
+    head, embedding = family.tensor_name("head.weight"), family.tensor_name("embedding.weight")
+    if not spec.head.tied or head not in stored:
+        return spec, dense, stored, ()
+    if embedding not in stored:
+        note = f"the head is tied; {head} serves as embedding too"
+        return spec, dense, {**stored, embedding: stored[head]}, (note,)
+    # transformers ties two stored tensors only if they are equal, so the stored head is right in either case
+    untied = replace(spec.head, tied=False)
+    note = f"config.json ties the head, but {head} is stored beside {embedding}; the stored head is used"
+    return replace(spec, head=untied), replace(dense, head=untied), stored, (note,)
+
+
+def _places(spec: ModelSpec, family: Family, shapes: Mapping[str, Shape]) -> list[_Place]:
+    places = []
+    for weight in shapes:
+        parts, interleaved = family.fused_with(weight)
+        if weight == parts[0]:
+            heads = _kv_heads(spec, weight) if interleaved else 1
+            places.append(_Place(family.tensor_name(weight), parts, heads))
+    return places
+
+
+def _kv_heads(spec: ModelSpec, weight: str) -> int:
+    attention = spec.layers[int(weight.split(".")[1])].attention
+    assert isinstance(attention, Attention)
+    return attention.num_kv_heads
+
+
+def _cut(whole: TensorRef, place: _Place, shapes: Mapping[str, Shape]) -> dict[str, Weight]:
+    """The parts of a stored tensor."""
+    if len(place.parts) == 1:
+        return {place.parts[0]: whole}
+    runs = [shapes[part][0] // place.heads for part in place.parts]
+    stride = sum(runs)
+    found: dict[str, Weight] = {}
+    for i, part in enumerate(place.parts):
+        begin = sum(runs[:i])
+        pieces = tuple(whole.rows(head * stride + begin, runs[i]) for head in range(place.heads))
+        found[part] = pieces[0] if len(pieces) == 1 else Rows(pieces)
+    return found
+
+
+def _check_names(wanted: set[str], dense: set[str], family: Family, stored: Mapping[str, StoredTensor]) -> None:
+    missing = sorted(wanted - set(stored))
+    known = dense | {family.tensor_name("head.weight")}
+    extra = sorted(name for name in set(stored) - known if not any(part in name for part in family.stale))
+    faults = [f"{len(missing)} tensors are missing: {some(missing)}"] if missing else []
+    faults += [f"{len(extra)} tensors do not belong to this architecture: {some(extra)}"] if extra else []
+    if faults:
+        code = "MISSING_TENSOR" if missing else "UNEXPECTED_TENSOR"
+        raise CheckpointError(code, f"{'; '.join(faults)}; get the checkpoint that config.json was written for")
+
+
+def _check_shapes(places: Iterable[_Place], shapes: Mapping[str, Shape], stored: Mapping[str, StoredTensor]) -> None:
+    wrong = []
+    for place in places:
+        found = stored[place.name].info
+        expected = (sum(shapes[part][0] for part in place.parts), *shapes[place.parts[0]][1:])
+        if found.shape != expected:
+            file = stored[place.name].shard.path.name
+            wrong.append(f"{place.name} in {file} is {list(found.shape)}, config.json implies {list(expected)}")
+    if wrong:
+        count = f"{len(wrong)} tensors have another shape: " if len(wrong) > 1 else ""
+        raise CheckpointError("SHAPE", f"{count}{some(wrong, '; ')}")
+    for place in places:
+        info = stored[place.name].info
+        if info.dtype not in TORCH_DTYPES:
+            file = stored[place.name].shard.path.name
+            raise CheckpointError(
+                "DTYPE", f"{file}: {place.name} is {info.dtype}; supported: {', '.join(TORCH_DTYPES)}"
+            )
+
+
+def some(names: list[str], separator: str = ", ") -> str:
+    """The first ten of `names`."""
+    return separator.join(names[:10]) + (f"{separator}..." if len(names) > 10 else "")

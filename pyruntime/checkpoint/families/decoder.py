@@ -1,0 +1,239 @@
+"""Decoder-only transformers as a table: what differs between families is a field, read with the names each one uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pyruntime.checkpoint.families.rope import RopeKeys, rope_from
+from pyruntime.checkpoint.fields import Fields
+from pyruntime.errors import UsageError
+from pyruntime.spec import (
+    MLP,
+    Activation,
+    Attention,
+    Embedding,
+    Head,
+    Layer,
+    Linear,
+    ModelSpec,
+    Norm,
+    NormKind,
+    RopeKind,
+)
+from pyruntime.spec.bounds import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_POSITION, MAX_VOCAB, MAX_WIDTH
+
+ACTIVATIONS: Final = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+    "relu2": Activation.RELU2,
+}
+_ROPE: Final = RopeKeys()
+_SLIDING: Final = {"sliding_attention": True, "full_attention": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of config.json, and what holds where it is absent. A key that is null says: none."""
+
+    name: str
+    default: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Sliding-window attention: how wide, and in which layers; `listed`: `layer_types` may list them.
+
+    `switch` is the key without which there is no window at all.
+    """
+
+    size: Key
+    slides: Callable[[Fields, int], bool] = lambda fields, index: True
+    listed: bool = False
+    switch: str | None = None
+
+    def of(self, fields: Fields, index: int) -> int | None:
+        """Positions that layer `index` sees, the current one included; None: all."""
+        on = self.switch is None or fields.boolean(self.switch, False)
+        size: int | None = None
+        if fields.optional(self.size.name, self.size.default) is not None:
+            size = fields.integer(self.size.name, 1, MAX_POSITION, self.size.default)
+        return size if self.slides_at(fields, index) and on else None
+
+    def slides_at(self, fields: Fields, index: int) -> bool:
+        """Whether layer `index` slides where the model has a window."""
+        kinds = fields.raw("layer_types") if self.listed else None
+        if kinds is None:
+            return self.slides(fields, index)
+        num_layers = fields.raw("num_hidden_layers")
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise UsageError("CONFIG", f"config.json: layer_types is no list of {num_layers} names, one per layer")
+        return bool(Fields({"layer_types": kinds[index]}).choice("layer_types", _SLIDING))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """How a family builds its decoder. A `Key` is read from config.json; anything else holds for all its models.
+
+    `norm` is the kind of every norm but those of q and k; `head_dim` is the size of a head where the configuration
+    does not say it (None: hidden_size / num_attention_heads); `softcap` and `head_softcap` as in the specification;
+    `score_scale` is s for scores times s^-1/2 (None: the size of a head). `scaled_embedding` multiplies the embedding
+    by the square root of its width. `refused` are keys whose true values nobody here can run.
+    """
+
+    norm: NormKind = NormKind.RMS
+    norm_eps: Key = Key("rms_norm_eps", 1e-6)
+    norm_bias: bool = False
+    gated: bool = True
+    activation: Key = Key("hidden_act", Activation.SILU)
+    qkv_bias: bool | Key = False
+    o_bias: bool | Key = False
+    mlp_bias: bool | Key = False
+    qk_norm: bool = False
+    sub_norms: bool = False
+    post_norms: bool = False
+    parallel: bool | Key = False
+    head_dim: int | None = None
+    rope: RopeKeys = _ROPE
+    window: Window | None = None
+    score_scale: Key | None = None
+    softcap: Key | None = None
+    head_softcap: Key | None = None
+    scaled_embedding: bool = False
+    tied: bool = False
+    max_position: int | None = None
+    refused: tuple[str, ...] = ()
+
+    def spec(self, fields: Fields, family: str) -> ModelSpec:
+        """The specification that `fields` describe. Raises UsageError CONFIG."""
+        for name in self.refused:
+            if fields.boolean(name, False):
+                raise UsageError("CONFIG", f"config.json: {name} is true; not supported")
+        hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
+        vocab_size = fields.integer("vocab_size", 1, MAX_VOCAB)
+        required = () if self.max_position is None else (self.max_position,)
+        max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION, *required)
+        num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
+        head_dim = self._head_dim(fields, hidden_size)
+        # the model's own values must be right even where every layer has another one
+        fields.integer("num_key_value_heads", 1, MAX_HEADS, None)
+        fields.integer("intermediate_size", 1, MAX_WIDTH, None)
+        layers = tuple(
+            self._layer(fields.layer(index), index, hidden_size, head_dim, max_position) for index in range(num_layers)
+        )
+        return ModelSpec(
+            family=family,
+            embedding=Embedding(
+                vocab_size=vocab_size, size=hidden_size, scale=hidden_size**0.5 if self.scaled_embedding else 1.0
+            ),
+            layers=layers,
+            final_norm=self._norm(fields, hidden_size),
+            head=Head(
+                linear=Linear(in_features=hidden_size, out_features=vocab_size),
+                tied=fields.boolean("tie_word_embeddings", self.tied),
+                softcap=_positive(fields, self.head_softcap),
+            ),
+            max_position=min((max_position, *_trained_contexts(layers))),
+        )
+
+    def _layer(self, fields: Fields, index: int, hidden_size: int, head_dim: int, max_position: int) -> Layer:
+        return Layer(
+            index=index,
+            attention=self._attention(fields, index, hidden_size, head_dim, max_position),
+            mlp=self._mlp(fields, hidden_size),
+            parallel=_flag(fields, self.parallel),
+        )
+
+    def _head_dim(self, fields: Fields, hidden_size: int) -> int:
+        """Size of a head where no layer says otherwise; a layer that lost heads keeps the size of the others."""
+        found: int | None = fields.integer("head_dim", 1, MAX_HEAD_DIM, self.head_dim)
+        if found is not None:
+            return found
+        num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+        if hidden_size % num_heads:
+            raise UsageError(
+                "CONFIG", f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}; say head_dim"
+            )
+        return int(hidden_size // num_heads)
+
+    def _attention(
+        self, fields: Fields, index: int, hidden_size: int, default_head_dim: int, max_position: int
+    ) -> Attention:
+        num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
+        num_kv_heads = fields.integer("num_key_value_heads", 1, MAX_HEADS, num_heads)
+        head_dim = fields.integer("head_dim", 1, MAX_HEAD_DIM, default_head_dim)
+        bias = _flag(fields, self.qkv_bias)
+        slides = self.window is not None and self.window.slides_at(fields, index)
+        scale = head_dim
+        if self.score_scale is not None:
+            scale = fields.real(self.score_scale.name, 0.0, 1e6, self.score_scale.default)
+
+        def project(heads: int) -> Linear:
+            return Linear(in_features=hidden_size, out_features=heads * head_dim, bias=bias)
+
+        qk_norm = Norm(kind=self.norm, size=head_dim, eps=self._eps(fields)) if self.qk_norm else None
+        return Attention(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            q=project(num_heads),
+            k=project(num_kv_heads),
+            v=project(num_kv_heads),
+            o=Linear(in_features=num_heads * head_dim, out_features=hidden_size, bias=_flag(fields, self.o_bias)),
+            scale=scale**-0.5,
+            rope=rope_from(fields, self.rope, head_dim, max_position, sliding=slides),
+            window=None if self.window is None else self.window.of(fields, index),
+            softcap=_positive(fields, self.softcap),
+            q_norm=qk_norm,
+            k_norm=qk_norm,
+            pre=self._norm(fields, hidden_size),
+            sub=self._norm(fields, num_heads * head_dim) if self.sub_norms else None,
+            post=self._norm(fields, hidden_size) if self.post_norms else None,
+        )
+
+    def _mlp(self, fields: Fields, hidden_size: int) -> MLP:
+        ffn_size = fields.integer("intermediate_size", 1, MAX_WIDTH)
+        bias = _flag(fields, self.mlp_bias)
+        widen = Linear(in_features=hidden_size, out_features=ffn_size, bias=bias)
+        return MLP(
+            gate=widen if self.gated else None,
+            up=widen,
+            down=Linear(in_features=ffn_size, out_features=hidden_size, bias=bias),
+            activation=fields.choice(self.activation.name, ACTIVATIONS, self.activation.default),
+            pre=self._norm(fields, hidden_size),
+            sub=self._norm(fields, ffn_size) if self.sub_norms else None,
+            post=self._norm(fields, hidden_size) if self.post_norms else None,
+        )
+
+    def _norm(self, fields: Fields, size: int) -> Norm:
+        return Norm(kind=self.norm, size=size, eps=self._eps(fields), bias=self.norm_bias)
+
+    def _eps(self, fields: Fields) -> float:
+        return float(fields.real(self.norm_eps.name, 0.0, 1.0, self.norm_eps.default))
+
+
+def _flag(fields: Fields, value: bool | Key) -> bool:
+    return value if isinstance(value, bool) else bool(fields.boolean(value.name, value.default))
+
+
+def _positive(fields: Fields, key: Key | None) -> float | None:
+    """A number above 0, or None where there is no such key or it is null."""
+    if key is None or fields.optional(key.name, key.default) is None:
+        return None
+    return float(fields.real(key.name, 0.0, 1e6, key.default))
+
+
+def _trained_contexts(layers: tuple[Layer, ...]) -> set[int]:
+    """Contexts beyond which `longrope` would change to other frequencies, under keys that are cached already."""
+    ropes = [each.attention.rope for each in layers if isinstance(each.attention, Attention)]
+    return {
+        rope.original_max_position
+        for rope in ropes
+        if rope is not None and rope.kind is RopeKind.LONGROPE and rope.original_max_position is not None
+    }

@@ -1,0 +1,193 @@
+"""Tiny random models of every family in Hugging Face form, and their transformers twins without what is dropped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from pyruntime.spec import DropPlan
+from tests.helpers import silence
+
+NUM_LAYERS = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# windows narrower than the sequences, in pages of 4 and of 16
+WINDOW = 5
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.3, 1.7, 2.5],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One configuration of a family.
+
+    `stored` are keys that config.json holds instead of what transformers writes today, where `...` removes; `outputs`
+    are the linear maps whose zeros silence a sublayer.
+    """
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    stored: dict[str, Any] = field(default_factory=dict)
+    layers: str = "model.layers"
+    outputs: tuple[str, str] = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def _neox(stored: dict[str, Any] | None = None, **config: Any) -> Variant:
+    return Variant("GPTNeoX", config, stored or {}, "gpt_neox.layers", ("attention.dense", "mlp.dense_4h_to_h"))
+
+
+def _grouped(name: str, stored: dict[str, Any] | None = None, **config: Any) -> Variant:
+    return Variant(name, {"num_key_value_heads": 2, **config}, stored or {})
+
+
+VARIANTS: dict[str, Variant] = {
+    "mistral": _grouped("Mistral", sliding_window=WINDOW),
+    "mistral without window": _grouped("Mistral", sliding_window=None, head_dim=12),
+    "mistral, old keys": _grouped(
+        "Mistral", {"sliding_window": ..., "rope_parameters": ..., "rope_theta": 500.0, "head_dim": ...}
+    ),
+    "qwen2": _grouped("Qwen2"),
+    "qwen2 with windows": _grouped("Qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "qwen2 with windows, old keys": _grouped(
+        "Qwen2",
+        {"layer_types": ..., "rope_parameters": ..., "rope_scaling": YARN},
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=3,
+    ),
+    "qwen2 whose windows are switched off": _grouped("Qwen2", {"sliding_window": WINDOW, "max_window_layers": 0}),
+    "qwen3": _grouped("Qwen3", head_dim=12, tie_word_embeddings=True),
+    "qwen3 with biases and windows": _grouped(
+        "Qwen3",
+        head_dim=10,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": _grouped("Phi3", sliding_window=WINDOW),
+    "phi3 multi-head, partial rope": Variant(
+        "Phi3", {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.75}}
+    ),
+    "phi3 longrope": _grouped("Phi3", rope_parameters=LONGROPE, original_max_position_embeddings=48),
+    "phi3 longrope, old keys": _grouped(
+        "Phi3",
+        {
+            "rope_parameters": ...,
+            "rope_theta": 500.0,
+            "rope_scaling": {"type": "longrope", **{key: LONGROPE[key] for key in ("short_factor", "long_factor")}},
+        },
+        original_max_position_embeddings=48,
+    ),
+    "gemma2": _grouped(
+        "Gemma2",
+        head_dim=12,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma2, old keys": _grouped(
+        "Gemma2",
+        {"layer_types": ..., "rope_parameters": ..., "tie_word_embeddings": ..., "hidden_act": "relu"},
+        head_dim=8,
+        sliding_window=WINDOW,
+    ),
+    "gemma2 with biases, no caps": _grouped(
+        "Gemma2",
+        head_dim=8,
+        sliding_window=WINDOW,
+        attention_bias=True,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        tie_word_embeddings=False,
+    ),
+    "gemma3": _grouped(
+        "Gemma3",
+        head_dim=12,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=20,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    ),
+    "gemma3, old keys": _grouped(
+        "Gemma3",
+        {
+            "layer_types": ...,
+            "rope_parameters": ...,
+            "_sliding_window_pattern": ...,
+            "sliding_window_pattern": 2,
+            "rope_theta": 5000.0,
+            "rope_local_base_freq": 50.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+        },
+        head_dim=12,
+        sliding_window=WINDOW,
+        final_logit_softcapping=3.0,
+    ),
+    "gpt_neox": _neox(rotary_pct=0.5),
+    "gpt_neox, old keys": _neox({"rope_parameters": ..., "rotary_pct": 0.75, "rotary_emb_base": 500}),
+    "gpt_neox serial, no biases": _neox(use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new"),
+    "bitnet": _grouped("BitNet", hidden_act="silu"),
+    "bitnet, squared relu": _grouped("BitNet", {"rope_parameters": ...}),
+    "nemotron": _grouped("Nemotron", head_dim=12),
+    "nemotron with biases, old keys": _grouped(
+        "Nemotron",
+        {"rope_parameters": ..., "partial_rotary_factor": 1.0, "rope_theta": 500.0, "head_dim": ...},
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+}
+
+
+def make(variant: Variant, folder: Path) -> Any:
+    """The transformers model of `variant` with random weights, as transformers reads it from `folder`."""
+    prefix = "Gemma3Text" if variant.name == "Gemma3" else variant.name
+    config = getattr(transformers, f"{prefix}Config")(**SIZES, **variant.config)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{variant.name}ForCausalLM")._from_config(config)
+    # where the gain is 1 + weight, the weight is about zero
+    gain = 0.0 if prefix.startswith(("Gemma", "Nemotron")) else 1.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # transformers starts with gains of one and biases of zero, which would hide mistakes
+            spread = 0.15 if parameter.dim() > 1 else 0.3
+            parameter.copy_(torch.randn_like(parameter) * spread + (gain if "norm" in name else 0.0))
+    model.save_pretrained(folder)
+    whole = {**json.loads((folder / "config.json").read_text()), **variant.stored}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in whole.items() if value is not ...}))
+    return type(model).from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def without(variant: Variant, hf_model: Any, plan: DropPlan) -> Any:
+    """A copy of the model whose dropped sublayers add exactly zero to the stream."""
+    pruned = copy.deepcopy(hf_model)
+    layers: Sequence[Any] = pruned.get_submodule(variant.layers)
+    for indices, output in zip((plan.attention, plan.mlp), variant.outputs, strict=True):
+        for index in indices:
+            silence(layers[index].get_submodule(output))
+    return pruned
