@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 from pyruntime.checkpoint import Model, PassReport
 from pyruntime.graph import Cost, Graph, SequenceWork, build, cost_of, fuse
 from pyruntime.passes import kv_values_per_token
-from pyruntime.spec import ModelSpec, weight_shapes
+from pyruntime.spec import MLP, Attention, ModelSpec, weight_shapes
+
+# what may differ from layer to layer: (name, sublayer, size)
+_SIZES: Final[tuple[tuple[str, str, Callable[[Any], int]], ...]] = (
+    ("query heads", "attention", lambda attention: attention.num_heads),
+    ("KV heads", "attention", lambda attention: attention.num_kv_heads),
+    ("head sizes", "attention", lambda attention: attention.head_dim),
+    ("MLP widths", "mlp", lambda mlp: mlp.up.out_features),
+)
 
 
 def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, Any]:
-    """Facts about `model` beside its dense form, JSON-ready; bytes at `itemsize` bytes a value."""
+    """Facts about `model` beside its dense form, JSON-ready; bytes at `itemsize` bytes a value.
+
+    Where layers were built different, nobody here knows the dense form: what is compared with it is None.
+    """
     spec, dense = model.spec, model.dense_spec
+    known = _is_even(dense)
     graph, dense_graph = fuse(build(spec)), fuse(build(dense))
     decode = [SequenceWork(context, 1)] * batch
     prefill = [SequenceWork(0, max(context, 1))]
+
+    def against_dense(value: float) -> float | None:
+        return value if known else None
+
     return {
         "model_type": spec.family,
         "n_layer": len(spec.layers),
         "drop_attn_list": list(spec.dropped("attention")),
         "drop_mlp_list": list(spec.dropped("mlp")),
+        "linear": [
+            f"{kind} {layer.index}" for layer in spec.layers for kind, each in layer.sublayers() if _linear(each)
+        ],
+        "sizes_by_layer": _sizes_by_layer(spec),
+        "declared": [*model.declared, *map(_asked_for, model.reports)],
+        "unread_bytes": model.unread_bytes,
         "plan_steps": len(graph.nodes),
-        "dense_plan_steps": len(dense_graph.nodes),
+        "dense_plan_steps": against_dense(len(dense_graph.nodes)),
         "num_weights": num_weights(spec),
-        "dense_num_weights": num_weights(dense),
+        "dense_num_weights": against_dense(num_weights(dense)),
         "weight_bytes": num_weights(spec) * itemsize,
-        "dense_weight_bytes": num_weights(dense) * itemsize,
+        "dense_weight_bytes": against_dense(num_weights(dense) * itemsize),
         "kv_bytes_per_token": kv_values_per_token(spec) * itemsize,
-        "dense_kv_bytes_per_token": kv_values_per_token(dense) * itemsize,
+        "dense_kv_bytes_per_token": against_dense(kv_values_per_token(dense) * itemsize),
         "max_position": spec.max_position,
         "batch_size": batch,
         "context": context,
-        "predicted_decode_speedup": _total(dense_graph, decode, itemsize).num_bytes
-        / _total(graph, decode, itemsize).num_bytes,
-        "predicted_prefill_speedup": _total(dense_graph, prefill, itemsize).flops
-        / _total(graph, prefill, itemsize).flops,
+        "predicted_decode_speedup": against_dense(
+            _total(dense_graph, decode, itemsize).num_bytes / _total(graph, decode, itemsize).num_bytes
+        ),
+        "predicted_prefill_speedup": against_dense(
+            _total(dense_graph, prefill, itemsize).flops / _total(graph, prefill, itemsize).flops
+        ),
         "notes": list(model.notes),
         "reports": [_report(report, itemsize) for report in model.reports],
     }
@@ -45,32 +71,93 @@ def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, 
 def describe(model: Model, facts: dict[str, Any]) -> list[str]:
     """`facts` as lines for people, with a picture of the layers."""
     spec = model.spec
-    attention = next((a for _, a in model.dense_spec.attentions()), None)
-    heads = (
-        "no attention"
-        if attention is None
-        else (f"{attention.num_heads} query / {attention.num_kv_heads} key-value heads of {attention.head_dim}")
-    )
-    num_kept = {kind: facts["n_layer"] - len(facts[f"drop_{kind}_list"]) for kind in ("attn", "mlp")}
-    kept = f"{num_kept['attn']} attentions and {num_kept['mlp']} MLPs"
     return [
-        f"{facts['model_type']}: {facts['n_layer']} layers, hidden {spec.embedding.size}, {heads}, "
+        f"{facts['model_type']}: {facts['n_layer']} layers, hidden {spec.embedding.size}, {_heads(model.dense_spec)}, "
         f"vocabulary {spec.vocab_size}, context {facts['max_position']}",
         "",
         *_picture(spec),
         "",
-        f"kept                {kept} of {facts['n_layer']} layers, {facts['plan_steps']} plan steps "
-        f"(dense {facts['dense_plan_steps']})",
+        f"kept                {_kept(spec)} of {facts['n_layer']} layers, {facts['plan_steps']} plan steps"
+        + ("" if facts["dense_plan_steps"] is None else f" (dense {facts['dense_plan_steps']})"),
         f"gone                attention {_list(facts['drop_attn_list'])}; MLP {_list(facts['drop_mlp_list'])}",
+        *(f"said by             {line}" for line in facts["declared"]),
+        *(f"differ by layer     {name}: {_counted(sizes)}" for name, sizes in facts["sizes_by_layer"].items()),
         _saved("weights", facts["weight_bytes"], facts["dense_weight_bytes"]),
         _saved("KV cache per token", facts["kv_bytes_per_token"], facts["dense_kv_bytes_per_token"]),
+        *_predicted(facts),
+        *map(_pass_line, facts["reports"]),
+        *(f"note                {note}" for note in (*_own_notes(facts), *facts["notes"])),
+    ]
+
+
+def _is_even(dense: ModelSpec) -> bool:
+    """Whether all layers were built alike, so that `dense` is what anything was dropped from."""
+    sublayers = [getattr(layer, kind) for layer in dense.layers for kind in ("attention", "mlp")]
+    return all(isinstance(each, Attention | MLP) for each in sublayers) and not _sizes_by_layer(dense)
+
+
+def _linear(sublayer: object) -> bool:
+    return not isinstance(sublayer, Attention | MLP)
+
+
+def _sizes_by_layer(spec: ModelSpec) -> dict[str, list[tuple[int, int]]]:
+    """By name, the (size, number of layers) of what differs between the sublayers that are there; commonest first."""
+    found = {}
+    for name, kind, size in _SIZES:
+        there = (each for layer in spec.layers for own, each in layer.sublayers() if own == kind and not _linear(each))
+        counted = Counter(map(size, there))
+        if len(counted) > 1:
+            found[name] = counted.most_common()
+    return found
+
+
+def _counted(sizes: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{size} (x{count})" for size, count in sizes)
+
+
+def _heads(dense: ModelSpec) -> str:
+    attentions = [attention for _, attention in dense.attentions()]
+    if not attentions:
+        return "no attention"
+    query = _span(attention.num_heads for attention in attentions)
+    kv = _span(attention.num_kv_heads for attention in attentions)
+    return f"{query} query / {kv} key-value heads of {_span(attention.head_dim for attention in attentions)}"
+
+
+def _span(sizes: Iterable[int]) -> str:
+    found = sorted(set(sizes))
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _kept(spec: ModelSpec) -> str:
+    there = Counter("linear" if _linear(each) else kind for layer in spec.layers for kind, each in layer.sublayers())
+    if not there["linear"]:
+        return f"{there['attention']} attentions and {there['mlp']} MLPs"
+    return f"{there['attention']} attentions, {there['mlp']} MLPs and {there['linear']} linear maps"
+
+
+def _asked_for(report: PassReport) -> str:
+    return f"{report.name}: {', '.join(report.removed) or 'nothing'}"
+
+
+def _predicted(facts: dict[str, Any]) -> list[str]:
+    if facts["predicted_decode_speedup"] is None:
+        return []
+    return [
         f"predicted decode    {facts['predicted_decode_speedup']:.2f}x of dense by bytes moved "
         f"(batch {facts['batch_size']}, context {facts['context']})",
         f"predicted prefill   {facts['predicted_prefill_speedup']:.2f}x of dense by operations "
         f"({max(facts['context'], 1)} tokens, one wanted)",
-        *map(_pass_line, facts["reports"]),
-        *(f"note                {note}" for note in facts["notes"]),
     ]
+
+
+def _own_notes(facts: dict[str, Any]) -> list[str]:
+    notes = []
+    if facts["unread_bytes"]:
+        notes.append(f"the files also hold {_bytes(facts['unread_bytes'])} of dropped sublayers, which are not read")
+    if facts["dense_weight_bytes"] is None:
+        notes.append("the layers were built different: what a dense parent weighed is unknown, so is what was saved")
+    return notes
 
 
 def _report(report: PassReport, itemsize: int) -> dict[str, Any]:
@@ -100,7 +187,7 @@ def _picture(spec: ModelSpec) -> list[str]:
         marks = ""
         for layer in spec.layers:
             sublayer = getattr(layer, kind)
-            marks += "." if sublayer is None else "L" if type(sublayer).__name__ == "Replacement" else "#"
+            marks += "." if sublayer is None else "L" if _linear(sublayer) else "#"
         rows.append(f"{kind:<12}{marks}")
     linear = ", L a linear map in its place" if any("L" in row[12:] for row in rows[1:]) else ""
     return [*rows, f"{'':<12}(# kept, . gone{linear})"]
@@ -110,7 +197,9 @@ def _list(layers: list[int]) -> str:
     return ", ".join(map(str, layers)) or "nothing"
 
 
-def _saved(name: str, now: int, dense: int) -> str:
+def _saved(name: str, now: int, dense: int | None) -> str:
+    if dense is None:
+        return f"{name:<20}{_bytes(now)}"
     share = 1 - now / dense if dense else 0.0
     return f"{name:<20}{_bytes(now)} of {_bytes(dense)} ({share:.1%} saved)"
 

@@ -32,14 +32,26 @@ class Fields:
         return Fields({**self._data, **self._overrides.get(index, {})}, {}, self._used)
 
     def with_layer_overrides(self, overrides: Mapping[int, Mapping[str, Any]]) -> Fields:
-        """The same fields, with `overrides` by layer index behind `layer`."""
-        return Fields(self._data, overrides, self._used)
+        """The same fields, with `overrides` by layer index behind `layer`.
+
+        Where a key lists a value per layer, its first one stands for the model as a whole.
+        """
+        first = overrides.get(0, {})
+        whole = {
+            key: first[key] if isinstance(value, list) and key in first else value for key, value in self._data.items()
+        }
+        return Fields(whole, overrides, self._used)
 
     def raw(self, name: str, default: Any = None) -> Any:
         """The value as it stands, or `default`."""
         self._used.add(name)
         value = self._data.get(name)
         return default if value is None else value
+
+    def optional(self, name: str, default: Any) -> Any:
+        """The value as it stands, null included; `default` only where the key is absent."""
+        self._used.add(name)
+        return self._data.get(name, default)
 
     def integer(self, name: str, low: int, high: int, default: Any = _REQUIRED) -> Any:
         """An int in [low, high], or `default`. Raises UsageError CONFIG."""
@@ -66,6 +78,10 @@ class Fields:
     def unused(self) -> tuple[str, ...]:
         """Keys with a value that nobody asked for."""
         return tuple(sorted(key for key, value in self._data.items() if value is not None and key not in self._used))
+
+    def used(self) -> frozenset[str]:
+        """Keys with a value that somebody asked for."""
+        return frozenset(key for key in self._used if self._data.get(key) is not None)
 
     def ignore(self, names: frozenset[str]) -> None:
         """Count `names` as asked for: they are known to have no influence on the result."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyruntime.checkpoint.weight import Shard, TensorRef, Weight
+from pyruntime.checkpoint.weight import TORCH_DTYPES, Shard, TensorRef, Weight
 from pyruntime.spec import ModelSpec
 
 
@@ -28,7 +29,8 @@ class Model:
     """`spec` says what is there, `weights` holds it by the names of `weight_shapes(spec)`, nothing more.
 
     `dense_spec` is the model before anything was dropped; `notes` are sentences for the user; `dtype` is the dtype the
-    checkpoint was stored in ("float32", "bfloat16", "float16").
+    checkpoint was stored in ("float32", "bfloat16", "float16"). `declared` is what config.json says is gone or differs,
+    a line for each of its keys; `unread_bytes` of the files belong to sublayers that it says are gone.
     """
 
     spec: ModelSpec
@@ -39,6 +41,8 @@ class Model:
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     reports: tuple[PassReport, ...] = ()
+    declared: tuple[str, ...] = ()
+    unread_bytes: int = 0
 
     @property
     def bytes_read(self) -> int:
@@ -48,9 +52,31 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all kept weights as stored; shared ones count once."""
-        refs = {ref for weight in self.weights.values() for ref in weight.refs()}
-        return sum(ref.num_bytes for ref in refs)
+        return sum(ref.num_bytes for ref in self._refs())
+
+    @property
+    def num_values(self) -> int:
+        """Values of all kept weights; shared ones count once."""
+        return sum(math.prod(ref.shape) for ref in self._refs())
+
+    @property
+    def dtype_conflict(self) -> str | None:
+        """Why nothing but the user can name the dtype: the kept tensors differ from each other or from config.json."""
+        names: dict[str, set[str]] = {}
+        for ref in self._refs():
+            if isinstance(ref, TensorRef):
+                names.setdefault(str(TORCH_DTYPES[ref.dtype]).removeprefix("torch."), set()).add(ref.name)
+        said = next((each for key in ("dtype", "torch_dtype") if (each := self.config.get(key)) is not None), None)
+        if not names or (len(names) == 1 and said in (None, *names)):
+            return None
+        found = " and ".join(f"{dtype} ({len(own)}, such as {min(own)})" for dtype, own in sorted(names.items()))
+        claim = "" if said is None else f", config.json says {str(said)[:40]!r}"
+        return (
+            f"the tensors are {found}{claim}; name the dtype to compute in (dtype='{self.dtype}', --dtype {self.dtype})"
+        )
+
+    def _refs(self) -> set[Weight]:
+        return {ref for weight in self.weights.values() for ref in weight.refs()}
 
     def _shards(self) -> set[Shard]:
-        refs = (ref for weight in self.weights.values() for ref in weight.refs())
-        return {ref.shard for ref in refs if isinstance(ref, TensorRef)}
+        return {ref.shard for ref in self._refs() if isinstance(ref, TensorRef)}

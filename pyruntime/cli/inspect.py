@@ -29,10 +29,13 @@ def inspect(
     ] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Also list every node of the graph.")] = False,
     revision: o.Revision = None,
+    prefer: o.Prefer = None,
+    ignore_config_keys: o.IgnoreConfigKeys = None,
     as_json: o.Json = False,
 ) -> None:
-    """Show what is kept, what is gone, and the bytes and operations it saves. Reads headers only."""
-    pruned = read_pruned(model, o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan), revision)
+    """Show what is kept, what is gone and which key says so, and what that saves. Reads headers only."""
+    drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
+    pruned = read_pruned(model, drops, revision, o.read_options(prefer, ignore_config_keys))
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError("DTYPE", f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
     itemsize = DTYPES[pruned.dtype if dtype == "auto" else dtype].itemsize

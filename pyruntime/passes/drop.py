@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from pyruntime.checkpoint import Model, PassReport
 from pyruntime.checkpoint.atomic import write_text
-from pyruntime.checkpoint.strict_json import read_object
-from pyruntime.errors import CheckpointError, UsageError
+from pyruntime.checkpoint.dialects.plan_file import read_plan
+from pyruntime.errors import UsageError
 from pyruntime.spec import DropPlan, ModelSpec, drop_sublayers, weight_shapes
 
 Layers = str | Sequence[int]
@@ -47,16 +48,8 @@ def drop(model: Model, plan: DropPlan) -> Model:
         kv_values_per_token=kv_values_per_token(model.spec) - kv_values_per_token(spec),
         notes=already,
     )
-    return Model(
-        spec=spec,
-        dense_spec=model.dense_spec,
-        weights={name: model.weights[name] for name in kept},
-        dtype=model.dtype,
-        path=model.path,
-        config=model.config,
-        notes=model.notes,
-        reports=(*model.reports, report),
-    )
+    weights = {name: model.weights[name] for name in kept}
+    return replace(model, spec=spec, weights=weights, reports=(*model.reports, report))
 
 
 def kv_values_per_token(spec: ModelSpec) -> int:
@@ -83,7 +76,7 @@ def make_drop_plan(
         case DropPlan():
             plan = drop_plan
         case str() | Path():
-            plan = load_drop_plan(Path(drop_plan))
+            plan = load_drop_plan(drop_plan, spec)
         case _:
             plan = DropPlan.from_json(drop_plan)
     # the rules count what is left: what the checkpoint lacks and what the plan names is gone already
@@ -121,12 +114,12 @@ def parse_layers(text: str, kept: Sequence[int]) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def load_drop_plan(path: Path) -> DropPlan:
-    """The drop plan in the JSON file `path`. Raises UsageError DROP_PLAN."""
-    try:
-        return DropPlan.from_json(read_object(path, "DROP_PLAN"))
-    except (CheckpointError, UsageError) as error:
-        raise UsageError("DROP_PLAN", f"{path}: {error}") from None
+def load_drop_plan(path: str | Path, spec: ModelSpec | None = None) -> DropPlan:
+    """The drop plan in the file `path`, in any dialect of docs/dropping.md, for the model that `spec` describes.
+
+    Without `spec`, dialects that leave a number to the model are refused. Raises UsageError DROP_PLAN, or RunError IO.
+    """
+    return read_plan(path, spec)
 
 
 def save_drop_plan(plan: DropPlan, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from pyruntime.checkpoint.dialects.declared import Declared, in_words
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
 from pyruntime.spec import DropPlan
@@ -11,14 +12,16 @@ from pyruntime.spec import DropPlan
 _KEYS: Final = ("drop_attn_list", "drop_mlp_list")
 
 
-def llm_drop_plan(fields: Fields, num_layers: int) -> tuple[DropPlan, tuple[str, ...]]:
+def llm_drop(fields: Fields, num_layers: int) -> Declared:
     """What the lists name, and notes on what had to be interpreted. null, [] and absence mean nothing is dropped.
 
     Raises UsageError DROP for ids out of range and for lists that are neither ids nor one bool per layer.
     """
     notes: list[str] = []
     attention, mlp = (_layers(key, fields.raw(key, []), num_layers, notes) for key in _KEYS)
-    return DropPlan(attention, mlp, "config.json lists of LLM-Drop" if attention or mlp else ""), tuple(notes)
+    origin = "drop_attn_list and drop_mlp_list" if attention or mlp else ""
+    said = in_words(_KEYS[0], DropPlan(attention), {}) + in_words(_KEYS[1], DropPlan((), mlp), {})
+    return Declared(drops=DropPlan(attention, mlp, origin), said=said, notes=tuple(notes))
 
 
 def _layers(key: str, value: Any, num_layers: int, notes: list[str]) -> tuple[int, ...]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from pyruntime.checkpoint.dialects.declared import Declared, in_words
+from pyruntime.checkpoint.dialects.effect import SUPPORTED
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
 from pyruntime.spec import DropPlan
 
 _SKIPS: Final = ("attention", "mlp")
-# keys that may differ between layers; anything else there is refused by name
-_OVERRIDES: Final = frozenset({"num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"})
 
 
-def per_layer_overrides(fields: Fields, num_layers: int) -> tuple[DropPlan, dict[int, dict[str, Any]]]:
+def per_layer_config(fields: Fields, num_layers: int) -> Declared:
     """The sublayers that `skip` names, and the other overrides by layer.
 
     Raises UsageError CONFIG for layers that do not exist, unknown keys and unknown sublayers.
@@ -31,11 +31,12 @@ def per_layer_overrides(fields: Fields, num_layers: int) -> tuple[DropPlan, dict
         for kind in _skip(entry.get("skip"), where):
             skipped[kind].append(index)
         overrides[index] = {name: value for name, value in entry.items() if name != "skip"}
-        unknown = sorted(set(overrides[index]) - _OVERRIDES)
+        unknown = sorted(set(overrides[index]) - SUPPORTED)
         if unknown:
-            raise UsageError("CONFIG", f"{where} overrides {unknown}; supported: skip, {', '.join(sorted(_OVERRIDES))}")
-    origin = "config.json per_layer_config" if any(skipped.values()) else ""
-    return DropPlan(tuple(skipped["attention"]), tuple(skipped["mlp"]), origin), overrides
+            raise UsageError("CONFIG", f"{where} overrides {unknown}; supported: skip, {', '.join(sorted(SUPPORTED))}")
+    origin = "per_layer_config" if any(skipped.values()) else ""
+    drops = DropPlan(tuple(skipped["attention"]), tuple(skipped["mlp"]), origin)
+    return Declared(drops=drops, overrides=overrides, said=in_words("per_layer_config", drops, overrides))
 
 
 def _layer_index(key: str, num_layers: int) -> int:
