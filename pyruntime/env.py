@@ -17,12 +17,17 @@ VARIABLES: Final = {
     "PYRUNTIME_LOGGING_LEVEL": "debug, info, warning or error (default: as the host has it; warning for the command)",
     "PYRUNTIME_CPU_ISA": "generic, avx2, avx512 or avx512_bf16: the compiled CPU path (default: the best there is)",
     "PYRUNTIME_NUM_THREADS": "threads of the C++ ops (default: what affinity and the cgroup allow)",
+    "PYRUNTIME_MAX_HEADER_BYTES": "longest header of a weight file, 1 to 100000000 bytes (default: 16777216)",
+    "PYRUNTIME_LINK_ROOT": "folder into which links in place of weight files may lead beside the model's own",
     "PYRUNTIME_TEST_DATA": "folder with models/ and corpora/ for the tests that check real trained models",
     "PYRUNTIME_CUDA": "auto, 0 or 1: whether a build compiles the CUDA extension (read by setup.py)",
 }
 
 # kMaxThreads of csrc/cpu/parallel.h
 _MAX_THREADS: Final = 1024
+_HEADER_BYTES: Final = 16 << 20
+# as much as the safetensors library reads
+_MAX_HEADER_BYTES: Final = 100_000_000
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -43,15 +48,36 @@ def cpu_isa() -> str | None:
 
 def num_threads() -> int | None:
     """Threads asked for, or None. Raises UsageError unless it is an integer from 1 to 1024."""
-    value = os.environ.get("PYRUNTIME_NUM_THREADS")
-    if value is None:
+    return _count("PYRUNTIME_NUM_THREADS", _MAX_THREADS)
+
+
+def max_header_bytes() -> int:
+    """Longest header of a weight file that is read. Raises UsageError unless it is 1 to 100 MB."""
+    return _count("PYRUNTIME_MAX_HEADER_BYTES", _MAX_HEADER_BYTES) or _HEADER_BYTES
+
+
+def link_root() -> Path | None:
+    """Folder into which links among weight files may lead, or None. Raises UsageError unless it is absolute."""
+    value = os.environ.get("PYRUNTIME_LINK_ROOT")
+    if not value:
         return None
-    if not value.isdecimal() or not 1 <= int(value) <= _MAX_THREADS:
-        raise UsageError("ENV", f"PYRUNTIME_NUM_THREADS is {value!r}; expected an integer from 1 to {_MAX_THREADS}")
-    return int(value)
+    if not os.path.isabs(value):
+        raise UsageError("ENV", f"PYRUNTIME_LINK_ROOT is {value!r}; expected the absolute path of a folder")
+    return Path(value)
 
 
 def test_data() -> Path | None:
     """Folder that holds real models for the tests, or None."""
     value = os.environ.get("PYRUNTIME_TEST_DATA")
     return Path(value) if value else None
+
+
+def _count(name: str, most: int) -> int | None:
+    """The integer from 1 to `most` that the variable holds, or None where it is not set."""
+    value = os.environ.get(name)
+    if value is None:
+        return None
+    # int() takes other digits too, and refuses a very long number in its own way
+    if not (value.isascii() and value.isdecimal() and len(value) <= len(str(most)) and 1 <= int(value) <= most):
+        raise UsageError("ENV", f"{name} is {value[:80]!r}; expected an integer from 1 to {most}")
+    return int(value)

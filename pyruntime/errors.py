@@ -18,7 +18,9 @@ class PyruntimeError(Exception):
     """
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "...")
+        shown = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + "..."
+        # what a terminal would obey, and half a character that no encoding takes, must not come out as it went in
+        super().__init__("".join(each if each.isprintable() else ascii(each)[1:-1] for each in shown))
         self.code = code
 
     @property

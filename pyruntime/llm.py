@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pyruntime.checkpoint import Model
+from pyruntime.checkpoint import Model, ReadOptions
 from pyruntime.engine.engine import Engine
 from pyruntime.engine.load import DropOptions, EngineSizes, Loaded, load, make_engine
 from pyruntime.engine.params import SamplingParams
@@ -33,7 +33,10 @@ class LLM:
     `model` is a folder or a Hub id. `drop_attn`, `drop_mlp` and `drop_block` take layer numbers or text such as
     "20-30", "last:8"; `drop_plan` takes a DropPlan or its file; what the checkpoint itself declares as dropped is
     dropped anyway. `dtype` is auto (the checkpoint's), float32, bfloat16, float16 or float64; `target` auto or
-    reference. `max_model_len` defaults to the model's context. Raises UsageError, CheckpointError or RunError.
+    reference. `max_model_len` defaults to the model's context. `prefer` is single or index, for a folder that holds
+    both; `ignore_config_keys` names keys of config.json that pyruntime does not know and that change no logits;
+    `check_weights` looks for NaN and infinity (None: in models of up to 4 GB). Raises UsageError, CheckpointError or
+    RunError.
     """
 
     def __init__(
@@ -54,8 +57,12 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         seed: int = 0,
         skip_tokenizer_init: bool = False,
+        prefer: str | None = None,
+        ignore_config_keys: Sequence[str] = (),
+        check_weights: bool | None = None,
     ) -> None:
         drops = DropOptions(drop_attn=drop_attn, drop_mlp=drop_mlp, drop_block=drop_block, drop_plan=drop_plan)
+        options = ReadOptions(prefer, ignore_config_keys)
         # checked before the minutes that loading may take
         sizes = EngineSizes(
             max_model_len=max_model_len,
@@ -74,6 +81,8 @@ class LLM:
                 device=device,
                 revision=revision,
                 skip_tokenizer_init=skip_tokenizer_init,
+                options=options,
+                check_weights=check_weights,
                 progress=lambda done, total: _advance(bar, done, total),
             )
         self._engine = make_engine(self._loaded, sizes)

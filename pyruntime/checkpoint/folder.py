@@ -1,21 +1,43 @@
-"""The weight files of a checkpoint folder: one file or an index of shards, opened without following strange paths."""
+"""The weight files of a checkpoint folder: one file or an index of shards, and nothing beside them unnoticed."""
 
 from __future__ import annotations
 
-import os
-import stat
+import fnmatch
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pyruntime.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, read_header
+from pyruntime import env
+from pyruntime.checkpoint.files import io_error, is_bare_name, is_there, listed, missing, open_weights
+from pyruntime.checkpoint.header import TensorInfo, read_header
 from pyruntime.checkpoint.strict_json import read_object
 from pyruntime.checkpoint.weight import Shard
-from pyruntime.errors import CheckpointError, RunError
+from pyruntime.errors import CheckpointError, UsageError
 
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _UNSAFE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
+PREFERENCES: Final = ("single", "index")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """What a user says about a folder that leaves a choice.
+
+    `prefer` is the one of `PREFERENCES` to read where a folder holds both; `ignore_config_keys` are keys of config.json
+    that pyruntime does not know and the user knows to be without influence. Raises UsageError CONFIG.
+    """
+
+    prefer: str | None = None
+    ignore_config_keys: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.prefer is not None and self.prefer not in PREFERENCES:
+            raise UsageError("CONFIG", f"prefer is {self.prefer!r}; expected one of {', '.join(PREFERENCES)}")
+        keys = self.ignore_config_keys
+        if isinstance(keys, str) or not isinstance(keys, Sequence) or not all(isinstance(key, str) for key in keys):
+            raise UsageError("CONFIG", f"ignore_config_keys is {keys!r}; expected a list of names")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,85 +48,117 @@ class StoredTensor:
     info: TensorInfo
 
 
-def open_tensors(folder: Path) -> dict[str, StoredTensor]:
+def open_tensors(folder: Path, options: ReadOptions = ReadOptions()) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `folder` by name; headers are checked, no tensor byte is read.
 
-    Raises CheckpointError UNSUPPORTED_FORMAT, SHARD_PATH, SHARD_MISSING, SHARD_CONTENT or one of `read_header`.
+    Raises CheckpointError UNSUPPORTED_FORMAT, SHARD_PATH, SHARD_MISSING, SHARD_UNLISTED, SHARD_SIZE, SHARD_CONTENT or
+    one of `read_header`, and RunError IO.
     """
-    single, index = folder / _SINGLE, folder / _INDEX
-    if single.exists() and index.exists():
-        raise CheckpointError("SHARD_CONTENT", f"{folder}: holds {_SINGLE} and {_INDEX}; remove the one that is stale")
-    if single.exists():
-        shard, tensors = _open_shard(folder, _SINGLE)
-        return {name: StoredTensor(shard, info) for name, info in tensors.items()}
-    if index.exists():
-        return _open_indexed(folder, _weight_map(index))
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in _UNSAFE_SUFFIXES)
+    single, index = is_there(folder / _SINGLE), is_there(folder / _INDEX)
+    if single and index and options.prefer is None:
+        raise CheckpointError(
+            "SHARD_CONTENT",
+            f"{folder}: holds {_SINGLE} and {_INDEX}; remove the stale one, or say which to read (prefer=, --prefer: "
+            f"{' or '.join(PREFERENCES)})",
+        )
+    if single and not (index and options.prefer == "index"):
+        return _open_single(folder, alone=not index)
+    if index:
+        return _open_indexed(folder)
+    found = [name for name in listed(folder) if name.endswith(_UNSAFE_SUFFIXES)]
     if found:
         raise CheckpointError(
             "UNSUPPORTED_FORMAT", f"{folder}: holds only {found[0]}; expected safetensors, convert the checkpoint first"
         )
-    raise CheckpointError("SHARD_MISSING", f"{folder}: holds no {_SINGLE} and no {_INDEX}")
+    raise missing(
+        folder / _SINGLE, "SHARD_MISSING", f"{folder}: holds no {_SINGLE} and no {_INDEX}; get the whole checkpoint"
+    )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    mapping: Any = read_object(index, "SHARD_CONTENT", MAX_HEADER_BYTES).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
-        raise CheckpointError("SHARD_CONTENT", f"{index.name}: weight_map is missing or empty")
-    for name, file in mapping.items():
-        plain = isinstance(file, str) and file.endswith(".safetensors") and file.isprintable()
-        if not plain or file != os.path.basename(file) or "\\" in file or file.startswith("."):
-            raise CheckpointError(
-                "SHARD_PATH",
-                f"{index.name}: tensor {name[:80]!r} lies in {str(file)[:80]!r}; expected the bare name of a "
-                ".safetensors file in the same folder",
-            )
-    return mapping
+def unread_files(folder: Path, stored: Iterable[StoredTensor]) -> tuple[str, ...]:
+    """A note on the safetensors files of `folder` that none of the `stored` tensors lies in."""
+    read = {tensor.shard.path.name for tensor in stored}
+    unread = [name for name in listed(folder) if name.endswith(".safetensors") and name not in read]
+    if not unread:
+        return ()
+    shown = ", ".join(repr(name[:80]) for name in unread[:10])
+    return (f"weight files that are not part of the model are not read: {shown}{', ...' if unread[10:] else ''}",)
 
 
-def _open_indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+def _open_single(folder: Path, *, alone: bool) -> dict[str, StoredTensor]:
+    shard, tensors = _open_shard(folder, _SINGLE)
+    if alone:
+        # shards beside the one file, and no index that says which is right
+        _check_unlisted(folder, "model-*-of-*.safetensors", {_SINGLE}, "there is no index")
+    return {name: StoredTensor(shard, info) for name, info in tensors.items()}
+
+
+def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
+    index = read_object(folder / _INDEX, "SHARD_CONTENT", env.max_header_bytes())
+    weight_map = _weight_map(index)
+    files = sorted(set(weight_map.values()))
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
+    for file in files:
         shard, found = _open_shard(folder, file)
         for name, info in found.items():
             if weight_map.get(name) != file:
                 raise CheckpointError(
                     "SHARD_CONTENT",
-                    f"{file}: holds {name!r}, which the index places in {weight_map.get(name, 'no file')}",
+                    f"{file}: holds {name!r}, which the index places in {weight_map.get(name, 'no file')}; "
+                    "get index and shards again",
                 )
             tensors[name] = StoredTensor(shard, info)
     lost = sorted(set(weight_map) - set(tensors))
     if lost:
         raise CheckpointError(
             "SHARD_CONTENT",
-            f"{_INDEX}: {len(lost)} tensors are not in their file, first {lost[0]!r} in {weight_map[lost[0]]}",
+            f"{_INDEX}: {len(lost)} tensors are not in their file, first {lost[0][:80]!r} in {weight_map[lost[0]]}; "
+            "get index and shards again",
         )
+    _check_unlisted(folder, "model*.safetensors", {_SINGLE, *files}, f"{_INDEX} does not list it")
+    _check_total(index.get("metadata"), sum(tensor.info.num_bytes for tensor in tensors.values()))
     return tensors
 
 
+def _weight_map(index: dict[str, Any]) -> dict[str, str]:
+    mapping = index.get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise CheckpointError("SHARD_CONTENT", f"{_INDEX}: weight_map is missing or empty; get the index again")
+    for name, file in mapping.items():
+        if not is_bare_name(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                "SHARD_PATH",
+                f"{_INDEX}: tensor {name[:80]!r} lies in {str(file)[:80]!r}; expected the bare name of a .safetensors "
+                "file in the same folder",
+            )
+    return mapping
+
+
+def _check_unlisted(folder: Path, pattern: str, known: set[str], why: str) -> None:
+    unlisted = [name for name in fnmatch.filter(listed(folder), pattern) if name not in known]
+    if unlisted:
+        raise CheckpointError(
+            "SHARD_UNLISTED",
+            f"{folder}: holds {len(unlisted)} more weight files, first {unlisted[0][:80]!r}: {why}; remove what is "
+            "stale, or get the whole checkpoint again",
+        )
+
+
+def _check_total(metadata: Any, num_bytes: int) -> None:
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    # some writers say it as a float; true is no number
+    if total is not None and (isinstance(total, bool) or total != num_bytes):
+        raise CheckpointError(
+            "SHARD_SIZE",
+            f"{_INDEX}: total_size is {str(total)[:80]}; the tensors have {num_bytes}; get index and shards again",
+        )
+
+
 def _open_shard(folder: Path, name: str) -> tuple[Shard, dict[str, TensorInfo]]:
-    path = folder / name
-    _check_link(folder, path)
+    # the shard notes size and time before the header is read, so that no later change goes unnoticed
+    fd = open_weights(folder, name)
+    shard = Shard(folder / name, fd)
     try:
-        # never block on a FIFO; what is no regular file is refused below
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise CheckpointError("SHARD_MISSING", f"{path.name} is listed but missing in {folder}") from None
+        return shard, read_header(fd, name)
     except OSError as error:
-        raise RunError("IO", f"cannot open {path}: {error.strerror}") from None
-    shard = Shard(path, fd)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise CheckpointError("SHARD_PATH", f"{path}: is no regular file")
-    return shard, read_header(fd, name)
-
-
-def _check_link(folder: Path, path: Path) -> None:
-    """A link may only lead into its own repository of the hub's cache, whose snapshots link to ../../blobs."""
-    if not path.is_symlink():
-        return
-    root = folder.resolve()
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
-    # not Path.resolve: it raises RuntimeError for a link to itself, which open refuses in its own way
-    if not Path(os.path.realpath(path)).is_relative_to(root):
-        raise CheckpointError("SHARD_PATH", f"{path}: is a link that leads out of {root}; copy the file instead")
+        raise io_error(f"cannot read {folder / name}", error) from None

@@ -11,12 +11,17 @@ import os
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pyruntime import env
 from pyruntime.checkpoint.strict_json import parse
 from pyruntime.errors import CheckpointError
 
-MAX_HEADER_BYTES: Final = 16 << 20
 MAX_TENSORS: Final = 100_000
 MAX_NAME_BYTES: Final = 512
+# so that no header can be made of more objects, lists or values than its tensors need; the rest is for metadata
+_MOST: Final = {b"{": 2 * MAX_TENSORS, b"[": 3 * MAX_TENSORS, b":": 6 * MAX_TENSORS, b",": 14 * MAX_TENSORS}
+# {name: {shape: [...]}} is three deep
+_MAX_DEPTH: Final = 8
+_KEYS: Final = frozenset({"dtype", "shape", "data_offsets"})
 DTYPE_SIZES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -35,36 +40,68 @@ class TensorInfo:
     num_bytes: int
 
 
+def header_bytes(fd: int, where: str) -> int:
+    """How long the header of the open file `fd` says it is. Raises CheckpointError HEADER_SIZE or HEADER_TOO_LARGE."""
+    file_bytes = os.fstat(fd).st_size
+    if file_bytes < 8:
+        raise CheckpointError(
+            "HEADER_SIZE", f"{where}: has {file_bytes} bytes, a safetensors file at least 8; get the file again"
+        )
+    claimed = int.from_bytes(_pread(fd, 8, 0, where), "little")
+    if claimed > file_bytes - 8:
+        raise CheckpointError(
+            "HEADER_SIZE",
+            f"{where}: claims a header of {claimed} bytes; the file has {file_bytes}; get the file again",
+        )
+    most = env.max_header_bytes()
+    if claimed > most:
+        raise CheckpointError(
+            "HEADER_TOO_LARGE",
+            f"{where}: header of {claimed} bytes; at most {most} are read; if you trust the file, raise "
+            "PYRUNTIME_MAX_HEADER_BYTES",
+        )
+    return claimed
+
+
 def read_header(fd: int, where: str) -> dict[str, TensorInfo]:
     """All tensors of the open file `fd` by name, in file order.
 
     Raises CheckpointError HEADER_SIZE, HEADER_TOO_LARGE, HEADER_JSON, DUPLICATE_NAME, TENSOR_NAME, DTYPE, OFFSETS or
     TRUNCATED, each naming `where` and the tensor.
     """
-    file_bytes = os.fstat(fd).st_size
-    if file_bytes < 8:
-        raise CheckpointError("HEADER_SIZE", f"{where}: has {file_bytes} bytes; a safetensors file has at least 8")
-    header_bytes = int.from_bytes(os.pread(fd, 8, 0), "little")
-    if header_bytes > file_bytes - 8:
-        raise CheckpointError(
-            "HEADER_SIZE", f"{where}: claims a header of {header_bytes} bytes; the file has {file_bytes}"
-        )
-    if header_bytes > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            "HEADER_TOO_LARGE", f"{where}: header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read"
-        )
-    text = os.pread(fd, header_bytes, 8)
+    num_bytes = header_bytes(fd, where)
+    text = _pread(fd, num_bytes, 8, where)
     # the format forbids leading space, and a parser would let it pass
     if text[:1] != b"{":
-        raise CheckpointError("HEADER_JSON", f"{where}: the header does not begin with '{{'")
-    entries = parse(text, where, "HEADER_JSON")
+        raise CheckpointError("HEADER_JSON", f"{where}: the header does not begin with '{{'; get the file again")
+    # before the parser makes objects of them; what writes the key in escapes is counted behind it
+    _check_count(text.count(b'"data_offsets"'), where)
+    for mark, most in _MOST.items():
+        if text.count(mark) > most:
+            raise CheckpointError(
+                "HEADER_TOO_LARGE",
+                f"{where}: the header has {text.count(mark)} times {mark.decode()!r}; {MAX_TENSORS} tensors, which is "
+                f"the most that are read, need less than {most}",
+            )
+    entries = parse(text, where, "HEADER_JSON", _MAX_DEPTH)
     _check_metadata(entries.pop("__metadata__", {}), where)
-    if len(entries) > MAX_TENSORS:
-        raise CheckpointError("HEADER_TOO_LARGE", f"{where}: {len(entries)} tensors; at most {MAX_TENSORS} are read")
-    data_start = 8 + header_bytes
+    _check_count(len(entries), where)
+    data_start = 8 + num_bytes
     tensors = {name: _tensor(name, entry, data_start, where) for name, entry in entries.items()}
-    _check_cover(tensors, data_start, file_bytes, where)
+    _check_cover(tensors, data_start, os.fstat(fd).st_size, where)
     return tensors
+
+
+def _pread(fd: int, count: int, start: int, where: str) -> bytes:
+    text = os.pread(fd, count, start)
+    if len(text) < count:
+        raise CheckpointError("TRUNCATED", f"{where}: became shorter while its header was read; get the file again")
+    return text
+
+
+def _check_count(num_tensors: int, where: str) -> None:
+    if num_tensors > MAX_TENSORS:
+        raise CheckpointError("HEADER_TOO_LARGE", f"{where}: {num_tensors} tensors; at most {MAX_TENSORS} are read")
 
 
 def _check_metadata(metadata: Any, where: str) -> None:
@@ -78,8 +115,13 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
         raise CheckpointError("TENSOR_NAME", f"{shown}: names have 1 to {MAX_NAME_BYTES} bytes and no '/' or '..'")
     if not name.isprintable():
         raise CheckpointError("TENSOR_NAME", f"{shown}: the name holds control characters")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
         raise CheckpointError("HEADER_JSON", f"{shown}: expected exactly dtype, shape and data_offsets")
+    if len(entry) > len(_KEYS):
+        extra = min(entry.keys() - _KEYS)
+        raise CheckpointError(
+            "DUPLICATE_NAME", f"{shown}: has the extra key {extra[:80]!r}; expected dtype, shape and data_offsets once"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZES:
         raise CheckpointError(
@@ -102,7 +144,7 @@ def _sizes(value: Any) -> bool:
 
 
 def _check_cover(tensors: dict[str, TensorInfo], data_start: int, file_bytes: int, where: str) -> None:
-    end = data_start
+    end, name = data_start, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
         if info.start != end:
             fault = "overlaps the one before it" if info.start < end else f"leaves {info.start - end} bytes unused"
@@ -111,4 +153,6 @@ def _check_cover(tensors: dict[str, TensorInfo], data_start: int, file_bytes: in
     if end > file_bytes:
         raise CheckpointError("TRUNCATED", f"{where}: the tensors need {end} bytes; the file has {file_bytes}")
     if end < file_bytes:
-        raise CheckpointError("OFFSETS", f"{where}: {file_bytes - end} bytes after the last tensor; expected none")
+        raise CheckpointError(
+            "OFFSETS", f"{where}: {file_bytes - end} bytes after the last tensor {name!r}; expected none"
+        )

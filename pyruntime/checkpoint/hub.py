@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Final
 
+from pyruntime.checkpoint.files import io_error
 from pyruntime.errors import RunError, UsageError
 
 # nothing that could be executed or unpickled is ever fetched, nor a second copy of the weights (consolidated.*)
 PATTERNS: Final = ("model*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+# the disk, its server or its owner says no; other errors, such as of a name too long, are about the name
+_MACHINE: Final = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     """Folder of the model named `model`: an existing folder, or a Hub id (downloaded once, then from the local cache).
 
-    Raises UsageError MODEL when it is neither, RunError IO when the Hub cannot be reached.
+    Raises UsageError MODEL when it is neither, RunError IO when the folder cannot be read or the Hub not be
+    reached.
     """
     try:
         path = Path(model).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:
-        # a name too long for a file, a folder that may not be searched, ~ of nobody
+    except OSError as error:
+        if error.errno in _MACHINE:
+            raise io_error(f"cannot read {model}", error) from None
+        raise UsageError("MODEL", f"{str(model)!r} is no folder and no Hub id ({error})") from None
+    except RuntimeError as error:
+        # ~ of nobody
         raise UsageError("MODEL", f"{str(model)!r} is no folder and no Hub id ({error})") from None
     if is_folder:
         return path

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import stat
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from pyruntime.errors import CheckpointError, PyruntimeError, RunError
+from pyruntime.checkpoint.files import io_error, open_file
+from pyruntime.errors import CheckpointError, PyruntimeError
 
 MAX_CONFIG_BYTES: Final = 1 << 20
 _MAX_DEPTH: Final = 64
+# a string, the last one perhaps without its end, or a bracket; possessive, so that no text takes quadratic time
+_TOKENS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 Problem = Callable[[str], PyruntimeError]
 
 
-def parse(text: bytes, where: str, code: str) -> Any:
+def parse(text: bytes, where: str, code: str, max_depth: int = _MAX_DEPTH) -> Any:
     """The JSON value in `text`. Raises CheckpointError `code` naming `where` and what is wrong."""
 
     def refuse(what: str) -> CheckpointError:
@@ -35,8 +38,8 @@ def parse(text: bytes, where: str, code: str) -> Any:
         raise refuse(f"holds {name}, which is no JSON number")
 
     # cheap upper bound of the depth, so that a hostile file cannot exhaust the parser's stack
-    if _depth(text) > _MAX_DEPTH:
-        raise refuse(f"is nested deeper than {_MAX_DEPTH} levels")
+    if nesting(text, max_depth) > max_depth:
+        raise refuse(f"is nested deeper than {max_depth} levels")
     try:
         value = json.loads(
             text.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant, parse_int=_integer
@@ -60,22 +63,17 @@ def read_object(path: Path, code: str, max_bytes: int = MAX_CONFIG_BYTES) -> dic
 
 
 def read_bytes(path: Path, code: str, max_bytes: int) -> bytes:
-    """The bytes of a regular file of at most `max_bytes`."""
+    """The bytes of a regular file of at most `max_bytes`. Raises CheckpointError `code`, or RunError IO."""
     try:
-        # a FIFO in a checkpoint folder must not hang the reader
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise CheckpointError(code, f"{path.name}: is no regular file")
-        with open(fd, "rb") as file:
-            if status.st_size > max_bytes:
-                raise CheckpointError(code, f"{path.name}: has {status.st_size} bytes; at most {max_bytes} are read")
+        with open(open_file(path, code), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise CheckpointError(code, f"{path.name}: has {size} bytes; at most {max_bytes} are read")
             return file.read(max_bytes + 1)
     except FileNotFoundError:
         raise CheckpointError(code, f"{path.name} is missing in {path.parent}") from None
     except OSError as error:
-        raise RunError("IO", f"cannot read {path}: {error.strerror}") from None
+        raise io_error(f"cannot read {path}", error) from None
 
 
 def _integer(text: str) -> int | float:
@@ -83,21 +81,16 @@ def _integer(text: str) -> int | float:
     return -0.0 if text == "-0" else int(text)
 
 
-def _depth(text: bytes) -> int:
-    """Deepest nesting of brackets outside strings."""
+def nesting(text: bytes, limit: int) -> int:
+    """Deepest nesting of brackets outside strings, or a number above `limit`."""
     depth = deepest = 0
-    in_string = escaped = False
-    for byte in text if text.count(b"[") + text.count(b"{") > _MAX_DEPTH else b"":
-        if in_string:
-            in_string = escaped or byte != 0x22
-            escaped = byte == 0x5C and not escaped
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-            if deepest > _MAX_DEPTH:
-                return deepest
-        elif byte in b"]}":
-            depth -= 1
+    for token in _TOKENS.finditer(text) if text.count(b"[") + text.count(b"{") > limit else ():
+        match text[token.start() : token.start() + 1]:
+            case b"[" | b"{":
+                depth += 1
+                deepest = max(deepest, depth)
+                if deepest > limit:
+                    break
+            case b"]" | b"}":
+                depth -= 1
     return deepest

@@ -29,7 +29,7 @@ from pyruntime.bench import (
 )
 from pyruntime.checkpoint.atomic import check_writable, write_text
 from pyruntime.cli import options as o
-from pyruntime.engine.load import load
+from pyruntime.engine.load import Loaded, load
 from pyruntime.errors import UsageError
 
 bench_app = typer.Typer(
@@ -58,13 +58,18 @@ def latency(
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
     device: o.Device = "cpu",
+    revision: o.Revision = None,
+    prefer: o.Prefer = None,
+    ignore_config_keys: o.IgnoreConfigKeys = None,
+    check_weights: o.CheckWeights = None,
     as_json: o.Json = False,
     output_json: OutputJson = None,
 ) -> None:
     """Seconds from a batch of prompts to its last token."""
     _check_output(output_json)
     drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
-    loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
+    reading = o.reading(revision, prefer, ignore_config_keys, check_weights)
+    loaded = _load(model, drops=drops, dtype=dtype, target=target, device=device, **reading)
     requests = RequestLoad(num_prompts=batch_size, input_len=input_len, output_len=output_len)
     with _bar((num_iters + num_iters_warmup) * batch_size, as_json) as bar:
         result = bench_latency(loaded, requests, num_iters, num_iters_warmup, bar.update)
@@ -97,13 +102,18 @@ def throughput(
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
     device: o.Device = "cpu",
+    revision: o.Revision = None,
+    prefer: o.Prefer = None,
+    ignore_config_keys: o.IgnoreConfigKeys = None,
+    check_weights: o.CheckWeights = None,
     as_json: o.Json = False,
     output_json: OutputJson = None,
 ) -> None:
     """Requests and tokens per second with all prompts queued at once."""
     _check_output(output_json)
     drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
-    loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
+    reading = o.reading(revision, prefer, ignore_config_keys, check_weights)
+    loaded = _load(model, drops=drops, dtype=dtype, target=target, device=device, **reading)
     requests = RequestLoad(num_prompts=num_prompts, input_len=input_len, output_len=output_len)
     with _bar(num_prompts * num_iters, as_json) as bar:
         result = bench_throughput(loaded, requests, num_iters, bar.update)
@@ -154,6 +164,10 @@ def forward(
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
     device: o.Device = "cpu",
+    revision: o.Revision = None,
+    prefer: o.Prefer = None,
+    ignore_config_keys: o.IgnoreConfigKeys = None,
+    check_weights: o.CheckWeights = None,
     output: Annotated[Output, typer.Option("-o", "--output", help="md is llama-bench's table.")] = Output.MD,
     as_json: o.Json = False,
     output_json: OutputJson = None,
@@ -167,13 +181,9 @@ def forward(
         depth=context,
     )
     drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
-    if (model is None) == (shape is None):
-        found = "neither MODEL nor --shape was" if model is None else "both MODEL and --shape were"
-        raise UsageError("MODEL", f"{found} given; expected one of them")
-    if shape is not None:
-        loaded = load_shape(shape, drops=drops, dtype=dtype, target=target, device=device)
-    elif model is not None:
-        loaded = load(model, drops=drops, dtype=dtype, target=target, device=device, skip_tokenizer_init=True)
+    reading = o.reading(revision, prefer, ignore_config_keys, check_weights)
+    how = {"drops": drops, "dtype": dtype, "target": target, "device": device}
+    loaded = _load(model, **how, **reading) if shape is None else _shaped(model, shape, **how)
     results = bench_forward(loaded, tests, repeats, shape)
     as_json = as_json or output is Output.JSON
     if output is Output.TABLE and not as_json:
@@ -325,6 +335,18 @@ def _check_output(path: Path | None) -> None:
     """Raise RunError IO now rather than after minutes of measuring."""
     if path is not None:
         check_writable(path)
+
+
+def _load(model: str | None, **how: Any) -> Loaded:
+    if model is None:
+        raise UsageError("MODEL", "neither MODEL nor --shape was given; expected one of them")
+    return load(model, skip_tokenizer_init=True, **how)
+
+
+def _shaped(model: str | None, shape: str, **how: Any) -> Loaded:
+    if model is not None:
+        raise UsageError("MODEL", "both MODEL and --shape were given; expected one of them")
+    return load_shape(shape, **how)
 
 
 def _report(result: Any, text: str, as_json: bool, path: Path | None) -> None:

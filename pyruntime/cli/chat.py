@@ -25,6 +25,9 @@ def chat(
     device: o.Device = "cpu",
     max_model_len: o.MaxModelLen = None,
     revision: o.Revision = None,
+    prefer: o.Prefer = None,
+    ignore_config_keys: o.IgnoreConfigKeys = None,
+    check_weights: o.CheckWeights = None,
 ) -> None:
     """Talk to a model that has a chat template. /reset starts over; /exit or the end of input leaves."""
     llm = LLM(
@@ -38,6 +41,9 @@ def chat(
         device=device,
         max_model_len=max_model_len,
         revision=revision,
+        prefer=prefer,
+        ignore_config_keys=o.config_keys(ignore_config_keys),
+        check_weights=check_weights,
         max_num_seqs=1,
     )
     if not llm.get_tokenizer().has_chat_template:

@@ -39,6 +39,9 @@ def generate(
     device: o.Device = "cpu",
     max_model_len: o.MaxModelLen = None,
     revision: o.Revision = None,
+    prefer: o.Prefer = None,
+    ignore_config_keys: o.IgnoreConfigKeys = None,
+    check_weights: o.CheckWeights = None,
     as_json: o.Json = False,
 ) -> None:
     """Complete one prompt (streamed) or several, dense or with sublayers dropped."""
@@ -56,6 +59,9 @@ def generate(
         device=device,
         max_model_len=max_model_len,
         revision=revision,
+        prefer=prefer,
+        ignore_config_keys=o.config_keys(ignore_config_keys),
+        check_weights=check_weights,
     )
     said = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "max_tokens": max_tokens}
     params = o.sampling_params(llm, **said, stop=stop, n=n, logprobs=logprobs)

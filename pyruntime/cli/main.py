@@ -16,6 +16,7 @@ from pyruntime.cli.chat import chat
 from pyruntime.cli.collect_env import collect_env
 from pyruntime.cli.generate import generate
 from pyruntime.cli.inspect import inspect
+from pyruntime.cli.verify import verify
 from pyruntime.errors import EXIT_BUG, PyruntimeError
 
 _INTERRUPTED = 130
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(inspect)
+app.command()(verify)
 app.add_typer(bench_app)
 app.command("collect-env")(collect_env)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pyruntime.checkpoint import ReadOptions
 from pyruntime.engine.load import DropOptions
 from pyruntime.engine.params import SamplingParams
 from pyruntime.llm import LLM
@@ -20,13 +21,25 @@ DropAttn = Annotated[
 DropMlp = Annotated[str | None, typer.Option("--drop-mlp", help="MLPs to drop, written likewise.")]
 DropBlock = Annotated[str | None, typer.Option("--drop-block", help="Layers to drop whole, written likewise.")]
 DropPlanFile = Annotated[
-    Path | None, typer.Option("--drop-plan", help="JSON file that says what to drop.", dir_okay=False)
+    Path | None,
+    typer.Option("--drop-plan", help="File or folder, in any dialect, that says what to drop; FILE#n chooses in it."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
 Target = Annotated[str, typer.Option("--target", help="auto, cpu (C++) or reference (PyTorch).")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, or one card of several: cuda:1.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Prefer = Annotated[
+    str | None, typer.Option("--prefer", help="single or index: what to read where a folder holds both.")
+]
+IgnoreConfigKeys = Annotated[
+    str | None,
+    typer.Option("--ignore-config-keys", help="Unknown keys of config.json that change no logits: a,b."),
+]
+CheckWeights = Annotated[
+    bool | None,
+    typer.Option("--check-weights/--no-check-weights", help="Look for NaN and infinity (default: up to 4 GB)."),
+]
 MaxModelLen = Annotated[
     int | None, typer.Option("--max-model-len", help="Longest sequence in tokens (default: the model's context).")
 ]
@@ -42,6 +55,24 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 def drop_options(attn: str | None, mlp: str | None, block: str | None, plan: Path | None) -> DropOptions:
     """The four drop options as the engine takes them."""
     return DropOptions(drop_attn=attn, drop_mlp=mlp, drop_block=block, drop_plan=plan)
+
+
+def read_options(prefer: str | None, ignore_config_keys: str | None) -> ReadOptions:
+    """What was said about a folder that leaves a choice."""
+    return ReadOptions(prefer, config_keys(ignore_config_keys))
+
+
+def reading(
+    revision: str | None, prefer: str | None, ignore_config_keys: str | None, check_weights: bool | None
+) -> dict[str, Any]:
+    """How to read the model, as `load` takes it."""
+    options = read_options(prefer, ignore_config_keys)
+    return {"revision": revision, "options": options, "check_weights": check_weights}
+
+
+def config_keys(text: str | None) -> list[str]:
+    """The names in "a,b"."""
+    return [each.strip() for each in (text or "").split(",") if each.strip()]
 
 
 def sampling_params(llm: LLM, **said: Any) -> SamplingParams:

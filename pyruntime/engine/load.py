@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from pyruntime import env
 from pyruntime.checkpoint import Model, read_model, resolve_model
+from pyruntime.checkpoint.files import is_there
+from pyruntime.checkpoint.folder import ReadOptions
 from pyruntime.checkpoint.strict_json import read_object
 from pyruntime.engine.engine import Engine, EngineConfig
 from pyruntime.engine.memory import available_memory, check_memory
@@ -21,11 +23,13 @@ from pyruntime.graph import build, fuse
 from pyruntime.passes import drop, make_drop_plan
 from pyruntime.passes.drop import Layers
 from pyruntime.plan import DTYPES, Plan, lower
-from pyruntime.spec import DropPlan, RopeKind
+from pyruntime.spec import DropPlan, ModelSpec, RopeKind
 
 PAGE_SIZE: Final = 16
 # of the memory that is free once the weights are in place
 _CACHE_SHARE: Final = 0.4
+# looking for NaN costs a tenth of reading; in models beyond this only if asked for
+_CHECKED_BYTES: Final = 4 * 10**9
 _LOGGER: Final = logging.getLogger("pyruntime")
 
 
@@ -76,15 +80,19 @@ class Loaded:
     eos_token_ids: tuple[int, ...]
 
 
-def read_pruned(name: str | Path, drops: DropOptions, revision: str | None = None) -> Model:
+def read_pruned(
+    name: str | Path, drops: DropOptions, revision: str | None = None, options: ReadOptions = ReadOptions()
+) -> Model:
     """The model called `name` without what it declares as dropped and without what `drops` names; no byte is read."""
     # the level is the host's own, unless the environment says otherwise
     if (level := env.logging_level()) is not None:
         _LOGGER.setLevel(level)
-    model = read_model(resolve_model(name, revision))
+    model = pruned(read_model(resolve_model(name, revision), options), drops)
     for note in model.notes:
-        _LOGGER.warning("%s: %s", name, note)
-    return pruned(model, drops)
+        # a dtype conflict is an error, or settled by the dtype that was asked for
+        if note != model.dtype_conflict:
+            _LOGGER.warning("%s: %s", name, note)
+    return model
 
 
 def pruned(model: Model, drops: DropOptions) -> Model:
@@ -96,7 +104,36 @@ def pruned(model: Model, drops: DropOptions) -> Model:
         drop_block=drops.drop_block,
         drop_plan=drops.drop_plan,
     )
-    return drop(model, plan) if plan else model
+    left = drop(model, plan) if plan else model
+    notes = _said_twice(model.spec, drops) + _all_gone(left.spec)
+    if (conflict := left.dtype_conflict) != model.dtype_conflict:
+        # what differed may be gone
+        left = replace(left, notes=tuple(note for note in left.notes if note != model.dtype_conflict))
+        notes += (conflict,) if conflict is not None else ()
+    return replace(left, notes=left.notes + notes) if notes else left
+
+
+def _said_twice(spec: ModelSpec, drops: DropOptions) -> tuple[str, ...]:
+    """A note on sublayers that go with their layer and are also named alone."""
+    if drops.drop_block is None or (drops.drop_attn is None and drops.drop_mlp is None):
+        return ()
+    whole = make_drop_plan(spec, drop_block=drops.drop_block, drop_plan=drops.drop_plan)
+    alone = make_drop_plan(spec, drop_attn=drops.drop_attn, drop_mlp=drops.drop_mlp, drop_plan=drops.drop_plan)
+    named = make_drop_plan(spec, drop_plan=drops.drop_plan)
+    twice = [
+        f"{kind} {index}"
+        for kind in ("attention", "mlp")
+        for index in sorted(set(getattr(whole, kind)) & set(getattr(alone, kind)) - set(getattr(named, kind)))
+    ]
+    return (f"named alone and with the layer, dropped once: {', '.join(twice)}",) if twice else ()
+
+
+def _all_gone(spec: ModelSpec) -> tuple[str, ...]:
+    """A note where no attention or no MLP is left: legal, and seldom meant."""
+    gone = {kind for kind in ("attention", "mlp") if len(spec.dropped(kind)) == len(spec.layers)}
+    if len(gone) == 2:
+        return ("every layer is dropped whole; embedding, last norm and head remain",)
+    return (f"every {'attention' if 'attention' in gone else 'MLP'} is dropped",) if gone else ()
 
 
 def load(
@@ -108,15 +145,20 @@ def load(
     device: str = "cpu",
     revision: str | None = None,
     skip_tokenizer_init: bool = False,
+    options: ReadOptions = ReadOptions(),
+    check_weights: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Loaded:
     """Read, prune, build, fuse and lower the model called `name`.
 
-    `target` "auto" is the best that runs whole plans here. `progress` is called with (bytes read, bytes in all).
+    `target` "auto" is the best that runs whole plans here. `check_weights` looks for NaN and infinity in what is read;
+    None: in models of up to 4 GB. `progress` is called with (bytes read, bytes in all).
     Raises the errors of each stage, and RunError MEMORY before weights that do not fit are read.
     """
     _check_names(name, dtype=dtype, target=target, device=device)
-    model = read_pruned(name, drops, revision)
+    if check_weights not in (None, True, False):
+        raise UsageError("CONFIG", f"check_weights is {check_weights!r}; expected True, False or None")
+    model = read_pruned(name, drops, revision, options)
     assert model.path is not None
     tokenizer = None if skip_tokenizer_init else Tokenizer(model.path)
     if tokenizer is not None:
@@ -130,7 +172,7 @@ def load(
             raise UsageError("CONFIG", f"eos_token_id is {token_id}; the model has {model.spec.vocab_size} tokens")
     stored = DTYPES.get(model.dtype if dtype == "auto" else dtype)
     if stored is not None:
-        check_memory(model.weight_bytes // DTYPES[model.dtype].itemsize * stored.itemsize, f"loading {name}")
+        check_memory(model.num_values * stored.itemsize, f"loading {name}")
     done, total = 0, model.weight_bytes
 
     def count(num_bytes: int) -> None:
@@ -145,6 +187,7 @@ def load(
         target=target,
         dtype=dtype,
         device=device,
+        check_weights=model.weight_bytes <= _CHECKED_BYTES if check_weights is None else check_weights,
         progress=count,
     )
     _LOGGER.debug("plan of %s:\n%s", name, plan.explain())
@@ -160,7 +203,8 @@ def make_engine(loaded: Loaded, sizes: EngineSizes = EngineSizes()) -> Engine:
     length = spec.max_position if sizes.max_model_len is None else sizes.max_model_len
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= spec.max_position:
         kinds = {a.rope.kind for _, a in spec.attentions() if a.rope is not None}
-        why = "; 'dynamic' rope would change keys that are cached already" if RopeKind.DYNAMIC in kinds else ""
+        changing = sorted(kinds & {RopeKind.DYNAMIC, RopeKind.LONGROPE})
+        why = f"; {changing[0]!r} rope would change keys that are cached already" if changing else ""
         raise UsageError(
             "CONFIG", f"max_model_len is {length!r}; the model was made for 1 to {spec.max_position} tokens{why}"
         )
@@ -204,7 +248,7 @@ def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
 def _generation_config(folder: Path, name: object, *, with_text: bool) -> Mapping[str, Any]:
     """What the author recommends and can be done; the rest is said."""
     path = folder / "generation_config.json"
-    config = read_object(path, "CONFIG") if path.exists() else {}
+    config = read_object(path, "CONFIG") if is_there(path) else {}
     unused = unused_settings(config)
     if not with_text and config.get("stop_strings"):
         # found in the text, which there is none of

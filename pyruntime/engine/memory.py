@@ -20,7 +20,11 @@ def check_memory(num_bytes: int, what: str) -> None:
     """Raise RunError MEMORY unless the machine has `num_bytes` to spare for `what`."""
     available = available_memory()
     if available is not None and num_bytes > available:
-        raise RunError("MEMORY", f"{what} needs {num_bytes / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are available")
+        raise RunError(
+            "MEMORY",
+            f"{what} needs {num_bytes / 2**30:.2f} GiB; {available / 2**30:.2f} GiB are available: free some, or take "
+            "a smaller dtype, model or context",
+        )
 
 
 def available_memory(meminfo: Path = _MEMINFO, membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import tokenizers
 
+from pyruntime.checkpoint.files import is_there
 from pyruntime.checkpoint.strict_json import read_bytes, read_object
 from pyruntime.engine.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
 from pyruntime.errors import CheckpointError, UsageError
@@ -101,7 +102,7 @@ class Tokenizer:
         return frozenset(idx for piece in pieces if (idx := self._backend.token_to_id(piece)) is not None)
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises CheckpointError unless bos and eos are among the model's `vocab_size` ids."""
+        """Raises CheckpointError unless all tokens, bos and eos by name, are among the model's `vocab_size` ids."""
         for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if token_id is not None and token_id >= vocab_size:
                 raise CheckpointError(
@@ -109,6 +110,12 @@ class Tokenizer:
                     f"{name} {self._named[name]!r} has id {token_id}; the model has ids 0 to {vocab_size - 1}; "
                     "this tokenizer belongs to another model",
                 )
+        if self.vocab_size > vocab_size:
+            raise CheckpointError(
+                "TOKENIZER",
+                f"{self._folder.name}: the tokenizer has ids up to {self.vocab_size - 1}, the model has ids 0 to "
+                f"{vocab_size - 1}; this tokenizer belongs to another model",
+            )
 
     @property
     def has_chat_template(self) -> bool:
@@ -177,7 +184,7 @@ def _check_text(text: str) -> None:
 
 def _read_text(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str | None:
     """Content of a text file, None if there is none; never more than the limit is read, whatever its size claims."""
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
         return read_bytes(path, "TOKENIZER", max_bytes).decode("utf-8")
@@ -186,7 +193,7 @@ def _read_text(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, "TOKENIZER", MAX_FILE_BYTES) if path.exists() else {}
+    return read_object(path, "TOKENIZER", MAX_FILE_BYTES) if is_there(path) else {}
 
 
 def _load_backend(path: Path) -> tokenizers.Tokenizer:

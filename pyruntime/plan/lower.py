@@ -11,7 +11,8 @@ from typing import Final
 import torch
 
 from pyruntime.checkpoint import Model
-from pyruntime.errors import UsageError
+from pyruntime.checkpoint.weight import TensorRef, check_finite
+from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.graph import LOGITS, Graph, Node, verify
 from pyruntime.ops import _native
 from pyruntime.ops.cache import KvShape
@@ -40,24 +41,28 @@ def lower(
     target: str = "reference",
     dtype: str = "auto",
     device: str = "cpu",
+    check_weights: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Bind `graph` to `target`: choose implementations, read the weights it needs and no other, place the buffers.
 
     `target` "auto" is the best that runs whole plans on `device`; `dtype` "auto" keeps the checkpoint's. `progress` is
     called with the bytes of each tensor read. Raises UsageError for an unknown target or dtype, and for a target that
-    this machine or `device` does not have.
+    this machine or `device` does not have; CheckpointError DTYPE where "auto" has no one meaning, and NOT_FINITE where
+    `check_weights` finds a NaN or an infinity.
     """
     verify(graph)
     name = model.dtype if dtype == "auto" else dtype
     if name not in DTYPES:
         raise UsageError("DTYPE", f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
+    if dtype == "auto" and model.dtype_conflict is not None:
+        raise CheckpointError("DTYPE", model.dtype_conflict)
     torch_dtype = DTYPES[name]
     _check_device(device)
     target, why = _target(target, torch_dtype, torch.device(device))
     choices = [_choose(node, target, torch_dtype, why) for node in graph.nodes]
     places = _place(graph)
-    weights = _Weights(model, torch_dtype, device, progress)
+    weights = _Weights(model, torch_dtype, device, check_weights, progress)
     steps = tuple(
         PlanStep(
             node=node,
@@ -139,13 +144,16 @@ def _choose(node: Node, target: str, dtype: torch.dtype, why: str) -> tuple[Impl
 class _Weights:
     """Reads weights and arranges them; what two nodes want in the same layout is made once."""
 
-    def __init__(self, model: Model, dtype: torch.dtype, device: str, progress: Callable[[int], None] | None) -> None:
+    def __init__(
+        self, model: Model, dtype: torch.dtype, device: str, check: bool, progress: Callable[[int], None] | None
+    ) -> None:
         self._model = model
         self._dtype = dtype
         self._device = device
+        self._check = check
         self._progress = progress
         self._made: dict[Layout, torch.Tensor] = {}
-        self._counted: set[str] = set()
+        self._seen: set[str] = set()
 
     def of(self, node: Node, implementation: Implementation) -> dict[str, torch.Tensor]:
         """The weights of a node, as its implementation wants them."""
@@ -161,11 +169,15 @@ class _Weights:
 
     def _read(self, name: str) -> torch.Tensor:
         weight = self._model.weights[name]
-        tensor = weight.read().to(device=self._device, dtype=self._dtype)
-        if self._progress is not None and name not in self._counted:
-            self._progress(weight.num_bytes)
-        self._counted.add(name)
-        return tensor
+        tensor = weight.read()
+        if name not in self._seen:
+            self._seen.add(name)
+            if self._check:
+                stored = dict.fromkeys(ref.name for ref in weight.refs() if isinstance(ref, TensorRef))
+                check_finite(" and ".join(stored) or name, tensor)
+            if self._progress is not None:
+                self._progress(weight.num_bytes)
+        return tensor.to(device=self._device, dtype=self._dtype)
 
 
 def _place(graph: Graph) -> dict[str, int]:

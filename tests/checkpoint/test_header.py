@@ -86,7 +86,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "tensor twice, once escaped": (text(f'{{"a": {A_TEXT}, "\\u0061": {A_TEXT}}}'), "DUPLICATE_NAME"),
     "inner key twice": (text(f'{{"a": {A_TEXT[:-1]}, "dtype": "F32"}}, "b": {B_TEXT}}}'), "DUPLICATE_NAME"),
     "metadata twice": (text('{"__metadata__": {}, "__metadata__": {}}'), "DUPLICATE_NAME"),
-    "extra inner key": (a(stride=[2, 1]), "HEADER_JSON"),
+    "extra inner key": (a(stride=[2, 1]), "DUPLICATE_NAME"),
     # L05
     "overlap": (b(data_offsets=[14, 20]), "OFFSETS"),
     "same place": (pack({"a": A, "b": A}, DATA[:16]), "OFFSETS"),

@@ -137,10 +137,11 @@ def test_a_bad_checkpoint_exits_with_3(
 
 
 def poison(folder: Path, target: Path) -> Path:
-    """A copy whose logits are NaN for whatever prompt."""
+    """A copy of finite weights whose logits are NaN for whatever prompt: infinities of both signs meet."""
     shutil.copytree(folder, target)
     weights = load_file(target / "model.safetensors")
-    weights["model.embed_tokens.weight"].fill_(torch.nan)
+    for name in ("up", "down"):
+        weights[f"model.layers.1.mlp.{name}_proj.weight"].mul_(torch.finfo(torch.float32).max / 4)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
