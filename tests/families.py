@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 class Variant:
     """One configuration of a family.
 
-    `stored` are keys that config.json holds instead of what transformers writes today, where `...` removes; `outputs`
-    are the linear maps whose zeros silence a sublayer.
+    `stored` are keys that config.json holds instead of what transformers writes today, where `...` removes; where
+    `bare`, it holds nothing but sizes, so that every default counts. `outputs` are the linear maps whose zeros silence
+    a sublayer.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Variant:
     stored: dict[str, Any] = field(default_factory=dict)
     layers: str = "model.layers"
     outputs: tuple[str, str] = ("self_attn.o_proj", "mlp.down_proj")
+    bare: bool = False
 
 
 def _neox(stored: dict[str, Any] | None = None, **config: Any) -> Variant:
@@ -164,10 +166,25 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+VARIANTS |= {
+    f"{name}, bare": replace(VARIANTS[name], config={**config, "num_key_value_heads": 2}, bare=True)
+    for name, config in {
+        "mistral": {},
+        "qwen2": {},
+        "qwen3": {},
+        "phi3": {},
+        "gemma2": {},
+        "gemma3": {},
+        "bitnet": {},
+        "nemotron": {},
+    }.items()
+} | {"gpt_neox, bare": replace(VARIANTS["gpt_neox"], config={}, bare=True)}
+
+
 def make(variant: Variant, folder: Path) -> Any:
     """The transformers model of `variant` with random weights, as transformers reads it from `folder`."""
     prefix = "Gemma3Text" if variant.name == "Gemma3" else variant.name
-    config = getattr(transformers, f"{prefix}Config")(**SIZES, **variant.config)
+    config = getattr(transformers, f"{prefix}Config")(**SIZES | variant.config)
     torch.manual_seed(0)
     model = getattr(transformers, f"{variant.name}ForCausalLM")._from_config(config)
     # where the gain is 1 + weight, the weight is about zero
@@ -179,6 +196,8 @@ def make(variant: Variant, folder: Path) -> Any:
             parameter.copy_(torch.randn_like(parameter) * spread + (gain if "norm" in name else 0.0))
     model.save_pretrained(folder)
     whole = {**json.loads((folder / "config.json").read_text()), **variant.stored}
+    if variant.bare:
+        whole = SIZES | variant.config | {"model_type": whole["model_type"]}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in whole.items() if value is not ...}))
     return type(model).from_pretrained(folder, attn_implementation="eager").eval()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from pyruntime.checkpoint.families import Family
+from pyruntime.checkpoint.fields import some
 from pyruntime.checkpoint.folder import StoredTensor
 from pyruntime.checkpoint.weight import TORCH_DTYPES, Rows, TensorRef, Weight
 from pyruntime.errors import CheckpointError
@@ -98,11 +99,15 @@ def _check_names(wanted: set[str], dense: set[str], family: Family, stored: Mapp
     missing = sorted(wanted - set(stored))
     known = dense | {family.tensor_name("head.weight")}
     extra = sorted(name for name in set(stored) - known if not any(part in name for part in family.stale))
-    faults = [f"{len(missing)} tensors are missing: {some(missing)}"] if missing else []
-    faults += [f"{len(extra)} tensors do not belong to this architecture: {some(extra)}"] if extra else []
+    faults = [f"{_tensors(missing, 'is', 'are')} missing: {some(missing)}"] if missing else []
+    faults += [f"{_tensors(extra, 'does', 'do')} not belong to this architecture: {some(extra)}"] if extra else []
     if faults:
         code = "MISSING_TENSOR" if missing else "UNEXPECTED_TENSOR"
         raise CheckpointError(code, f"{'; '.join(faults)}; get the checkpoint that config.json was written for")
+
+
+def _tensors(names: list[str], one: str, several: str) -> str:
+    return f"1 tensor {one}" if len(names) == 1 else f"{len(names)} tensors {several}"
 
 
 def _check_shapes(places: Iterable[_Place], shapes: Mapping[str, Shape], stored: Mapping[str, StoredTensor]) -> None:
@@ -115,7 +120,7 @@ def _check_shapes(places: Iterable[_Place], shapes: Mapping[str, Shape], stored:
             wrong.append(f"{place.name} in {file} is {list(found.shape)}, config.json implies {list(expected)}")
     if wrong:
         count = f"{len(wrong)} tensors have another shape: " if len(wrong) > 1 else ""
-        raise CheckpointError("SHAPE", f"{count}{some(wrong, '; ')}")
+        raise CheckpointError("SHAPE", f"{count}{some(wrong, '; ', 1000)}")
     for place in places:
         info = stored[place.name].info
         if info.dtype not in TORCH_DTYPES:
@@ -123,8 +128,3 @@ def _check_shapes(places: Iterable[_Place], shapes: Mapping[str, Shape], stored:
             raise CheckpointError(
                 "DTYPE", f"{file}: {place.name} is {info.dtype}; supported: {', '.join(TORCH_DTYPES)}"
             )
-
-
-def some(names: list[str], separator: str = ", ") -> str:
-    """The first ten of `names`."""
-    return separator.join(names[:10]) + (f"{separator}..." if len(names) > 10 else "")

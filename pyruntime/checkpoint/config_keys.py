@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from pyruntime.checkpoint.families import Family
-from pyruntime.checkpoint.fields import Fields
+from pyruntime.checkpoint.fields import Fields, some
 from pyruntime.errors import UsageError
 from pyruntime.spec import ModelSpec
 
@@ -59,7 +59,7 @@ def notes_on_keys(fields: Fields, family: Family, spec: ModelSpec, ignore: Itera
     asked = frozenset(ignore)
     obeyed = sorted(asked & fields.used())
     if obeyed:
-        raise UsageError("CONFIG", f"ignore_config_keys names {_some(obeyed)}, which pyruntime obeys; leave them out")
+        raise UsageError("CONFIG", f"ignore_config_keys names {some(obeyed)}, which pyruntime obeys; leave them out")
     notes = [f"{key} is ignored: no code of a checkpoint is ever run" for key in _CODE_KEYS if fields.raw(key)]
     fields.ignore(_HARMLESS | family.harmless)
     unknown = {key: fields.raw(key) for key in fields.unused() if not key.startswith("_")}
@@ -72,13 +72,13 @@ def notes_on_keys(fields: Fields, family: Family, spec: ModelSpec, ignore: Itera
     if wrong:
         raise UsageError(
             "CONFIG",
-            f"config.json has {len(wrong)} unknown keys: {_some(wrong)}; if they have no influence on the logits, name "
-            "them in ignore_config_keys (--ignore-config-keys a,b)",
+            f"config.json has {len(wrong)} unknown key{'s' * (len(wrong) > 1)}: {some(wrong)}; only if they have no "
+            "influence on the logits, name them in ignore_config_keys (--ignore-config-keys a,b)",
         )
     ignored = sorted(asked & set(unknown))
-    notes += [f"keys of config.json that are ignored as asked: {_some(ignored)}"] if ignored else []
-    notes += [f"keys of config.json that are switched off and not known: {_some(off)}"] if off else []
-    notes += [f"private keys of config.json that are ignored: {_some(private)}"] if private else []
+    notes += [f"keys of config.json that are ignored as asked: {some(ignored)}"] if ignored else []
+    notes += [f"keys of config.json that are switched off and not known: {some(off)}"] if off else []
+    notes += [f"private keys of config.json that are ignored: {some(private)}"] if private else []
     return tuple(notes)
 
 
@@ -95,9 +95,3 @@ def _why_not(spec: ModelSpec, family: Family) -> str:
                     f"and {norm}; use a checkpoint of a family without them"
                 )
     return f"family {spec.family} does not know it; remove the key"
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(key[:80] if key.isprintable() else repr(key[:80]) for key in keys[:10]) + ", ..." * (
-        len(keys) > 10
-    )

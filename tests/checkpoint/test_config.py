@@ -78,7 +78,10 @@ BAD_ROPES: dict[str, tuple[dict[str, Any], str]] = {
     "two thetas": ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta"),
     "two kinds": ({"rope_parameters": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type"),
     "null kind beside another": ({"rope_parameters": {"rope_type": None, "type": "longrope"}}, "longrope"),
-    "both styles, unlike": ({"rope_parameters": {}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    "both styles, unlike": (
+        {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling",
+    ),
     "a list": ({"rope_parameters": [1]}, "rope_parameters"),
     "by layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "layer type"),
     "theta zero": ({"rope_parameters": {"rope_theta": 0.0}}, "rope_theta"),

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from pyruntime.checkpoint import families, read_model
 from pyruntime.checkpoint.families import FAMILIES, Family
-from pyruntime.checkpoint.families.decoder import Decoder, Key, Window
+from pyruntime.checkpoint.families.decoder import ACTIVATIONS, Decoder, Key, Window
 from pyruntime.checkpoint.families.family import Fused
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
 from pyruntime.graph import build, fuse
 from pyruntime.plan import lower
-from pyruntime.spec import Activation, ModelSpec, NormKind, weight_shapes
+from pyruntime.spec import (
+    MLP,
+    Activation,
+    Attention,
+    Embedding,
+    Head,
+    Layer,
+    Linear,
+    ModelSpec,
+    Norm,
+    NormKind,
+    Rope,
+    RopeKind,
+)
 from tests import naive
-from tests.families import LONGROPE, SIZES
+from tests.families import LONGROPE, SIZES, YARN
 from tests.helpers import TARGETS, all_logits, relative_error
 from tests.specs import as_arrays, random_weights
 
@@ -86,15 +103,93 @@ def test_a_made_up_family_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_made_up_family_is_what_its_configuration_says() -> None:
     spec = QUOKKA.spec(Fields(CONFIG))
-    windows = [attention.window for _, attention in spec.attentions()]
-    assert windows == [None, 5, None, None]
-    assert all(layer.parallel for layer in spec.layers)
-    assert spec.embedding.scale == pytest.approx(32**0.5)
-    assert weight_shapes(spec)["layers.2.attention.sub.weight"] == (32,)
-    assert spec.family == "quokka"
+    norm = Norm(kind=NormKind.LAYER, size=32, eps=1e-4)
+    attention = Attention(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        q=Linear(in_features=32, out_features=32, bias=True),
+        k=Linear(in_features=32, out_features=16, bias=True),
+        v=Linear(in_features=32, out_features=16, bias=True),
+        o=Linear(in_features=32, out_features=32),
+        scale=8**-0.5,
+        rope=Rope(kind=RopeKind.DEFAULT, dim=8, theta=10000.0),
+        pre=norm,
+        sub=norm,
+    )
+    wide = Linear(in_features=32, out_features=56)
+    mlp = MLP(
+        gate=wide,
+        up=wide,
+        down=Linear(in_features=56, out_features=32),
+        activation=Activation.GELU,
+        pre=norm,
+        sub=replace(norm, size=56),
+    )
+    layers = [Layer(index=i, attention=attention, mlp=mlp, parallel=True) for i in range(4)]
+    layers[1] = replace(layers[1], attention=replace(attention, window=5))
+    assert spec == ModelSpec(
+        family="quokka",
+        embedding=Embedding(vocab_size=61, size=32, scale=32**0.5),
+        layers=tuple(layers),
+        final_norm=norm,
+        head=Head(linear=Linear(in_features=32, out_features=61), tied=False),
+        max_position=64,
+    )
+
+
+CLASSES: dict[str, Any] = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "phi3": transformers.Phi3Config,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3_text": transformers.Gemma3TextConfig,
+    "gpt_neox": transformers.GPTNeoXConfig,
+    "bitnet": transformers.BitNetConfig,
+    "nemotron": transformers.NemotronConfig,
+}
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
+    """Every value that a table takes for an absent key, beside the attribute of transformers' own configuration."""
+    decoder, judge = FAMILIES[model_type].decoder, CLASSES[model_type]()
+    for field in dataclasses.fields(decoder):
+        key = getattr(decoder, field.name)
+        if isinstance(key, Key):
+            expected = getattr(judge, key.name)
+            assert key.default == (ACTIVATIONS[expected] if isinstance(key.default, Activation) else expected), key
+    assert decoder.tied == judge.tie_word_embeddings
+    assert decoder.max_position in (None, judge.max_position_embeddings)
+    if decoder.head_dim is not None:
+        assert decoder.head_dim == judge.head_dim
+    ropes = judge.rope_parameters
+    whole = ropes.get("full_attention", ropes)
+    assert decoder.rope.default_theta == whole["rope_theta"]
+    assert decoder.rope.default_fraction == whole.get("partial_rotary_factor", 1.0)
+    if "sliding_attention" in ropes:
+        assert decoder.rope.default_local_theta == ropes["sliding_attention"]["rope_theta"]
+    assert decoder.rope.trained_context == getattr(judge, "original_max_position_embeddings", None)
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_layers_slide_where_those_of_transformers_do(model_type: str) -> None:
+    """40 layers, so that Qwen's 28 full ones and Gemma 3's pattern of six show."""
+    sizes = SIZES | {"num_hidden_layers": 40}
+    switched = {"use_sliding_window": True} if model_type.startswith("qwen") else {}
+    judge = CLASSES[model_type](**sizes, **switched)
+    window = getattr(judge, "sliding_window", None)
+    kinds = getattr(judge, "layer_types", None) or ["sliding_attention"] * 40
+    spec = FAMILIES[model_type].spec(Fields(sizes | switched | {"model_type": model_type}))
+    expected = [window if kind == "sliding_attention" else None for kind in kinds]
+    assert [attention.window for _, attention in spec.attentions()] == expected
 
 
 LONG = {"rope_parameters": LONGROPE}
+OUTER = {"original_max_position_embeddings": 16}
+ALL_FULL = {"layer_types": ["full_attention"] * 4}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +201,19 @@ LONG = {"rope_parameters": LONGROPE}
         ("mistral", {"sliding_window": -1}, ["sliding_window", "-1"]),
         ("mistral", {"sliding_window": True}, ["sliding_window", "True"]),
         ("mistral", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, ["slides", "sliding_window"]),
+        ("gemma2", {"sliding_window": None}, ["slides", "sliding_window"]),
+        ("llama", {"is_causal": False}, ["is_causal"]),
+        ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+        ("llama", {"hidden_act": None}, ["hidden_act", "null"]),
+        ("llama", {"rope_scaling": {"rope_type": "yarn"}}, ["rope_scaling", "factor", "required"]),
+        ("llama", {"rope_scaling": {"factor": 2.0}}, ["factor", "rope_type"]),
+        ("llama", {**OUTER, "rope_scaling": {**YARN, "original_max_position_embeddings": 32}}, ["16", "32"]),
+        ("phi3", {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 48}}, ["4096", "48"]),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping"]),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 2.0}, **ALL_FULL}, ["rope_type"]),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_theta": -1.0}}}, ["rope_theta"]),
         ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
         ("gemma2", {"final_logit_softcapping": "30"}, ["final_logit_softcapping"]),
         ("gemma2", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar"]),
@@ -128,6 +236,14 @@ def test_what_a_family_cannot_honour_is_refused_by_name(
         FAMILIES[model_type].spec(Fields({**SIZES, "model_type": model_type, **changes}))
     assert caught.value.code in ("CONFIG", "SPEC")
     assert all(word in str(caught.value) for word in words)
+
+
+def test_phi3_was_trained_on_4096_tokens_unless_it_says_otherwise() -> None:
+    """transformers' factor of the angles is sqrt(1 + ln(8192 / 4096) / ln(4096)) then, and the context 4096."""
+    spec = FAMILIES["phi3"].spec(Fields({**SIZES, "model_type": "phi3", "max_position_embeddings": 8192, **LONG}))
+    assert spec.max_position == 4096
+    (factor,) = {a.rope and a.rope.attention_factor for _, a in spec.attentions()}
+    assert factor == pytest.approx(math.sqrt(1 + math.log(2) / math.log(4096)))
 
 
 def test_longrope_ends_where_it_would_change_cached_keys() -> None:

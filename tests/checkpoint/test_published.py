@@ -10,7 +10,7 @@ import pytest
 from pyruntime.checkpoint.config_keys import notes_on_keys
 from pyruntime.checkpoint.families import FAMILIES
 from pyruntime.checkpoint.fields import Fields
-from pyruntime.spec import RopeKind, weight_shapes
+from pyruntime.spec import MLP, Activation, Attention, RopeKind, weight_shapes
 
 COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
@@ -114,6 +114,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | {"rotary_pct": 0.25, "use_parallel_residual": True, "num_key_value_heads": None},
         70_426_624,
     ),
+    "Minitron 4B": (
+        sizes(3072, 9216, 32, 24, 8, 256000, 4096)
+        | {"model_type": "nemotron", "hidden_act": "relu2", "norm_eps": 1e-5, "rope_theta": 10000, "kv_channels": 128}
+        | {"head_dim": 128, "partial_rotary_factor": 0.5, "mlp_bias": False, "attention_bias": False},
+        # its card says 4.19 billion; by hand: two matrices of 256000 x 3072, and in each of 32 layers 2 x 3072 x 3072
+        # and 2 x 3072 x 1024 for the attention, 2 x 3072 x 9216 for the MLP, two norms of 2 x 3072; one more at the end
+        4_190_509_056,
+    ),
 }
 
 
@@ -125,6 +133,35 @@ def test_a_published_configuration_is_understood(name: str) -> None:
     spec = family.spec(fields)
     assert sum(math.prod(shape) for shape in weight_shapes(spec).values()) == num_weights
     assert notes_on_keys(fields, family, spec) == ()
+
+
+# norm's eps, theta, rope, window of layer 0, activation
+FACTS: dict[str, tuple[float, float, RopeKind, int | None, Activation]] = {
+    "TinyLlama 1.1B": (1e-5, 1e4, RopeKind.DEFAULT, None, Activation.SILU),
+    "Llama 3.2 1B": (1e-5, 5e5, RopeKind.LLAMA3, None, Activation.SILU),
+    "Mistral 7B": (1e-5, 1e4, RopeKind.DEFAULT, 4096, Activation.SILU),
+    "Qwen2.5 0.5B": (1e-6, 1e6, RopeKind.DEFAULT, None, Activation.SILU),
+    "Qwen3 0.6B": (1e-6, 1e6, RopeKind.DEFAULT, None, Activation.SILU),
+    "Phi-3 mini 4k": (1e-5, 1e4, RopeKind.DEFAULT, 2047, Activation.SILU),
+    "Gemma 2 2B": (1e-6, 1e4, RopeKind.DEFAULT, 4096, Activation.GELU_TANH),
+    "Gemma 3 1B": (1e-6, 1e4, RopeKind.DEFAULT, 512, Activation.GELU_TANH),
+    "Pythia 70M": (1e-5, 1e4, RopeKind.DEFAULT, None, Activation.GELU),
+    "Minitron 4B": (1e-5, 1e4, RopeKind.DEFAULT, None, Activation.RELU2),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_means_what_it_says(name: str) -> None:
+    config, _ = PUBLISHED[name]
+    spec = FAMILIES[config["model_type"]].spec(Fields(COMMON | config))
+    attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
+    assert isinstance(attention, Attention) and isinstance(mlp, MLP)
+    assert attention.rope is not None and attention.pre is not None
+    found = (attention.pre.eps, attention.rope.theta, attention.rope.kind, attention.window, mlp.activation)
+    assert found == FACTS[name]
+    assert attention.head_dim == config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    # Gemma scales scores by query_pre_attn_scalar, which is its head size here
+    assert attention.scale == attention.head_dim**-0.5
 
 
 def test_gemma_slides_where_its_report_says() -> None:

@@ -36,18 +36,3 @@ def test_logits_equal_transformers(make_llama: Callable[..., tuple[Path, Any]], 
     (found,) = all_logits(make_plan(tmp_path), [TOKENS], 64)
     assert relative_error(found, hf_logits(hf_model, TOKENS)) < 1e-5
     assert any("head" in note for note in read_model(tmp_path).notes) == (stored != "embedding only")
-
-
-def test_partial_rotary_is_refused_for_llama(make_llama: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
-    """transformers' Llama ignores the key with default rope and cannot run it with the others."""
-    from pyruntime.errors import UsageError
-
-    folder, _ = make_llama()
-    config = json.loads((folder / "config.json").read_text())
-    for changes in (
-        {"partial_rotary_factor": 0.5},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    ):
-        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-        with pytest.raises(UsageError, match="partial_rotary_factor"):
-            read_model(tmp_path)

@@ -40,7 +40,7 @@ _SLIDING: Final = {"sliding_attention": True, "full_attention": False}
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key of config.json, and what holds where it is absent. A key that is null says: none."""
+    """A key of config.json, and what holds where it is absent."""
 
     name: str
     default: Any = None
@@ -48,9 +48,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Sliding-window attention: how wide, and in which layers; `listed`: `layer_types` may list them.
+    """Sliding-window attention: which layers slide, and how wide the window is where `size` is not null.
 
-    `switch` is the key without which there is no window at all.
+    `slides` tells the layers apart; where `listed`, `layer_types` may list them, and a layer that slides needs a size.
+    Without the key `switch` being true there is no window.
     """
 
     size: Key
@@ -58,23 +59,27 @@ class Window:
     listed: bool = False
     switch: str | None = None
 
-    def of(self, fields: Fields, index: int) -> int | None:
-        """Positions that layer `index` sees, the current one included; None: all."""
+    def at(self, fields: Fields, index: int) -> tuple[bool, int | None]:
+        """Whether layer `index` slides, and the positions that it then sees, the current one included; None: all."""
         on = self.switch is None or fields.boolean(self.switch, False)
-        size: int | None = None
-        if fields.optional(self.size.name, self.size.default) is not None:
-            size = fields.integer(self.size.name, 1, MAX_POSITION, self.size.default)
-        return size if self.slides_at(fields, index) and on else None
-
-    def slides_at(self, fields: Fields, index: int) -> bool:
-        """Whether layer `index` slides where the model has a window."""
         kinds = fields.raw("layer_types") if self.listed else None
-        if kinds is None:
-            return self.slides(fields, index)
-        num_layers = fields.raw("num_hidden_layers")
-        if not isinstance(kinds, list) or len(kinds) != num_layers:
-            raise UsageError("CONFIG", f"config.json: layer_types is no list of {num_layers} names, one per layer")
-        return bool(Fields({"layer_types": kinds[index]}).choice("layer_types", _SLIDING))
+        slides = on and self.slides(fields, index) if kinds is None else _slides(kinds, fields, index)
+        size: int | None = None
+        if fields.optional(self.size.name, self.size.default) is not None and on:
+            size = fields.integer(self.size.name, 1, MAX_POSITION, self.size.default)
+        if self.listed and slides and size is None:
+            raise UsageError(
+                "CONFIG", f"config.json: {self.size.name} is null; layer {index} slides and needs a number"
+            )
+        return slides, size if slides else None
+
+
+def _slides(kinds: Any, fields: Fields, index: int) -> bool:
+    num_layers = fields.raw("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise UsageError("CONFIG", f"config.json: layer_types is no list of {num_layers} names, one per layer")
+    name = f"layer_types[{index}]"
+    return bool(Fields({name: kinds[index]}).choice(name, _SLIDING))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +89,7 @@ class Decoder:
     `norm` is the kind of every norm but those of q and k; `head_dim` is the size of a head where the configuration
     does not say it (None: hidden_size / num_attention_heads); `softcap` and `head_softcap` as in the specification;
     `score_scale` is s for scores times s^-1/2 (None: the size of a head). `scaled_embedding` multiplies the embedding
-    by the square root of its width. `refused` are keys whose true values nobody here can run.
+    by the square root of its width. `refused` are keys that are not supported unless they are null or false.
     """
 
     norm: NormKind = NormKind.RMS
@@ -113,8 +118,10 @@ class Decoder:
     def spec(self, fields: Fields, family: str) -> ModelSpec:
         """The specification that `fields` describe. Raises UsageError CONFIG."""
         for name in self.refused:
-            if fields.boolean(name, False):
-                raise UsageError("CONFIG", f"config.json: {name} is true; not supported")
+            if fields.raw(name, False) is not False:
+                raise UsageError("CONFIG", f"config.json: {name} is {str(fields.raw(name))[:80]}; not supported")
+        if not fields.boolean("is_causal", True):
+            raise UsageError("CONFIG", "config.json: is_causal is false; only causal decoders are supported")
         hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
         vocab_size = fields.integer("vocab_size", 1, MAX_VOCAB)
         required = () if self.max_position is None else (self.max_position,)
@@ -158,7 +165,9 @@ class Decoder:
         num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
         if hidden_size % num_heads:
             raise UsageError(
-                "CONFIG", f"hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}; say head_dim"
+                "CONFIG",
+                f"config.json: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}; "
+                "add head_dim",
             )
         return int(hidden_size // num_heads)
 
@@ -166,10 +175,10 @@ class Decoder:
         self, fields: Fields, index: int, hidden_size: int, default_head_dim: int, max_position: int
     ) -> Attention:
         num_heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
-        num_kv_heads = fields.integer("num_key_value_heads", 1, MAX_HEADS, num_heads)
-        head_dim = fields.integer("head_dim", 1, MAX_HEAD_DIM, default_head_dim)
+        num_kv_heads = fields.integer("num_key_value_heads", 1, MAX_HEADS, None) or num_heads
+        head_dim = fields.integer("head_dim", 1, MAX_HEAD_DIM, None) or default_head_dim
         bias = _flag(fields, self.qkv_bias)
-        slides = self.window is not None and self.window.slides_at(fields, index)
+        slides, window = (False, None) if self.window is None else self.window.at(fields, index)
         scale = head_dim
         if self.score_scale is not None:
             scale = fields.real(self.score_scale.name, 0.0, 1e6, self.score_scale.default)
@@ -188,7 +197,7 @@ class Decoder:
             o=Linear(in_features=num_heads * head_dim, out_features=hidden_size, bias=_flag(fields, self.o_bias)),
             scale=scale**-0.5,
             rope=rope_from(fields, self.rope, head_dim, max_position, sliding=slides),
-            window=None if self.window is None else self.window.of(fields, index),
+            window=window,
             softcap=_positive(fields, self.softcap),
             q_norm=qk_norm,
             k_norm=qk_norm,

@@ -17,6 +17,7 @@ def _slides_in_gemma3(fields: Fields, index: int) -> bool:
     return (index + 1) % int(fields.integer("sliding_window_pattern", 1, MAX_LAYERS, 6)) != 0
 
 
+# the square root of the width is exact here; transformers rounds it where the weights are bfloat16 (33.94 to 34.0)
 _GEMMA2: Final = Decoder(
     norm=NormKind.RMS_ONE_PLUS,
     activation=Key("hidden_activation", Activation.GELU_TANH),
@@ -39,7 +40,7 @@ _NAMES: Final = {
     "layers.{}.mlp.post": "model.layers.{}.post_feedforward_layernorm",
 }
 # hidden_act is what the first releases wrote; transformers reads hidden_activation
-_HARMLESS: Final = HARMLESS | {"hidden_act", "cache_implementation"}
+_HARMLESS: Final = HARMLESS | {"hidden_act"}
 
 GEMMA2: Final = Family(model_types=("gemma2",), decoder=_GEMMA2, names=_NAMES, harmless=_HARMLESS)
 GEMMA3: Final = Family(
@@ -49,8 +50,10 @@ GEMMA3: Final = Family(
         qk_norm=True,
         rope=RopeKeys(default_theta=1e6, local_theta="rope_local_base_freq"),
         window=Window(Key("sliding_window", 4096), _slides_in_gemma3, listed=True),
-        softcap=Key("attn_logit_softcapping"),
+        softcap=None,
         head_softcap=Key("final_logit_softcapping"),
+        # transformers reads the cap of the scores and does not apply it
+        refused=(*_GEMMA2.refused, "attn_logit_softcapping"),
     ),
     names={
         **_NAMES,

@@ -11,7 +11,7 @@ PHI3: Final = Family(
     model_types=("phi3",),
     decoder=Decoder(
         norm_eps=Key("rms_norm_eps", 1e-5),
-        rope=RopeKeys(fraction="partial_rotary_factor"),
+        rope=RopeKeys(fraction="partial_rotary_factor", trained_context=4096),
         window=Window(Key("sliding_window")),
     ),
     names={
