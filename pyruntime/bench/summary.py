@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from pyruntime.checkpoint import Model, PassReport
+from pyruntime.checkpoint.dialects.declared import in_words, layers_in_words, plan_of
 from pyruntime.graph import Cost, Graph, SequenceWork, build, cost_of, fuse
 from pyruntime.passes import kv_values_per_token
-from pyruntime.spec import MLP, Attention, ModelSpec, weight_shapes
+from pyruntime.spec import MLP, Attention, DropPlan, ModelSpec, weight_shapes
 
 # what may differ from layer to layer: (name, sublayer, size)
 _SIZES: Final[tuple[tuple[str, str, Callable[[Any], int]], ...]] = (
@@ -24,16 +25,21 @@ _SIZES: Final[tuple[tuple[str, str, Callable[[Any], int]], ...]] = (
 def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, Any]:
     """Facts about `model` beside its dense form, JSON-ready; bytes at `itemsize` bytes a value.
 
-    Where layers were built different, nobody here knows the dense form: what is compared with it is None.
+    Where layers were built different, nobody here knows the dense form: what is compared with it is None. So are the
+    predictions where no sublayer is left to speed up. `unread_bytes` are as stored in the files.
     """
     spec, dense = model.spec, model.dense_spec
     known = _is_even(dense)
+    left = any(True for layer in spec.layers for _ in layer.sublayers())
     graph, dense_graph = fuse(build(spec)), fuse(build(dense))
     decode = [SequenceWork(context, 1)] * batch
     prefill = [SequenceWork(0, max(context, 1))]
 
     def against_dense(value: float) -> float | None:
         return value if known else None
+
+    def predicted(value: float) -> float | None:
+        return value if known and left else None
 
     return {
         "model_type": spec.family,
@@ -44,8 +50,8 @@ def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, 
             f"{kind} {layer.index}" for layer in spec.layers for kind, each in layer.sublayers() if _linear(each)
         ],
         "sizes_by_layer": _sizes_by_layer(spec),
-        "declared": [*model.declared, *map(_asked_for, model.reports)],
-        "unread_bytes": model.unread_bytes,
+        "declared": [*model.declared, *(line for report in model.reports for line in _asked_for(report))],
+        "unread_bytes": model.unread_bytes + sum(report.weight_bytes for report in model.reports),
         "plan_steps": len(graph.nodes),
         "dense_plan_steps": against_dense(len(dense_graph.nodes)),
         "num_weights": num_weights(spec),
@@ -57,10 +63,10 @@ def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, 
         "max_position": spec.max_position,
         "batch_size": batch,
         "context": context,
-        "predicted_decode_speedup": against_dense(
+        "predicted_decode_speedup": predicted(
             _total(dense_graph, decode, itemsize).num_bytes / _total(graph, decode, itemsize).num_bytes
         ),
-        "predicted_prefill_speedup": against_dense(
+        "predicted_prefill_speedup": predicted(
             _total(dense_graph, prefill, itemsize).flops / _total(graph, prefill, itemsize).flops
         ),
         "notes": list(model.notes),
@@ -79,7 +85,7 @@ def describe(model: Model, facts: dict[str, Any]) -> list[str]:
         "",
         f"kept                {_kept(spec)} of {facts['n_layer']} layers, {facts['plan_steps']} plan steps"
         + ("" if facts["dense_plan_steps"] is None else f" (dense {facts['dense_plan_steps']})"),
-        f"gone                attention {_list(facts['drop_attn_list'])}; MLP {_list(facts['drop_mlp_list'])}",
+        f"gone                {layers_in_words(DropPlan(spec.dropped('attention'), spec.dropped('mlp')))}",
         *(f"said by             {line}" for line in facts["declared"]),
         *(f"differ by layer     {name}: {_counted(sizes)}" for name, sizes in facts["sizes_by_layer"].items()),
         _saved("weights", facts["weight_bytes"], facts["dense_weight_bytes"]),
@@ -131,18 +137,25 @@ def _span(sizes: Iterable[int]) -> str:
 
 def _kept(spec: ModelSpec) -> str:
     there = Counter("linear" if _linear(each) else kind for layer in spec.layers for kind, each in layer.sublayers())
-    if not there["linear"]:
-        return f"{there['attention']} attentions and {there['mlp']} MLPs"
-    return f"{there['attention']} attentions, {there['mlp']} MLPs and {there['linear']} linear maps"
+    names = {"attention": "attention", "mlp": "MLP", "linear": "linear map"}
+    counts = [_count(there[key], name) for key, name in names.items() if there[key] or key != "linear"]
+    return f"{', '.join(counts[:-1])} and {counts[-1]}"
 
 
-def _asked_for(report: PassReport) -> str:
-    return f"{report.name}: {', '.join(report.removed) or 'nothing'}"
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def _asked_for(report: PassReport) -> tuple[str, ...]:
+    removed = (each.split(" ") for each in report.removed)
+    return in_words(report.name, plan_of((int(index), kind) for kind, index in removed))
 
 
 def _predicted(facts: dict[str, Any]) -> list[str]:
-    if facts["predicted_decode_speedup"] is None:
+    if facts["dense_num_weights"] is None:
         return []
+    if facts["predicted_decode_speedup"] is None:
+        return ["predicted           nothing: no sublayer is left to run faster"]
     return [
         f"predicted decode    {facts['predicted_decode_speedup']:.2f}x of dense by bytes moved "
         f"(batch {facts['batch_size']}, context {facts['context']})",
@@ -174,8 +187,7 @@ def _report(report: PassReport, itemsize: int) -> dict[str, Any]:
 def _pass_line(report: dict[str, Any]) -> str:
     saved = f"{_bytes(report['weight_bytes'])} of weights, {_bytes(report['kv_bytes_per_token'])} of KV cache per token"
     # which ones stand under "gone" already
-    count = len(report["removed"])
-    removed = f"{report['name']} removed {count} sublayer{'' if count == 1 else 's'}"
+    removed = f"{report['name']} removed {_count(len(report['removed']), 'sublayer')}"
     return f"{'pass':<20}{'; '.join([removed, f'saved {saved}', *report['notes']])}"
 
 
@@ -191,10 +203,6 @@ def _picture(spec: ModelSpec) -> list[str]:
         rows.append(f"{kind:<12}{marks}")
     linear = ", L a linear map in its place" if any("L" in row[12:] for row in rows[1:]) else ""
     return [*rows, f"{'':<12}(# kept, . gone{linear})"]
-
-
-def _list(layers: list[int]) -> str:
-    return ", ".join(map(str, layers)) or "nothing"
 
 
 def _saved(name: str, now: int, dense: int | None) -> str:

@@ -25,7 +25,12 @@ def inspect(
     dtype: o.Dtype = "auto",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="For the predicted speed-up.")] = 1,
     context: Annotated[
-        int | None, typer.Option("--context", min=0, help="For the predicted speed-up: tokens in the cache (256).")
+        int | None,
+        typer.Option(
+            "--context",
+            min=0,
+            help="For the predicted speed-up: tokens in the cache (256, or all but one that a shorter model holds).",
+        ),
     ] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Also list every node of the graph.")] = False,
     revision: o.Revision = None,
@@ -35,7 +40,7 @@ def inspect(
 ) -> None:
     """Show what is kept, what is gone and which key says so, and what that saves. Reads headers only."""
     drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
-    pruned = read_pruned(model, drops, revision, o.read_options(prefer, ignore_config_keys))
+    pruned = read_pruned(model, drops, revision, o.read_options(prefer, ignore_config_keys), warn=False)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError("DTYPE", f"dtype {dtype!r} is not known; expected auto, {', '.join(DTYPES)}")
     itemsize = DTYPES[pruned.dtype if dtype == "auto" else dtype].itemsize

@@ -81,16 +81,24 @@ class Loaded:
 
 
 def read_pruned(
-    name: str | Path, drops: DropOptions, revision: str | None = None, options: ReadOptions = ReadOptions()
+    name: str | Path,
+    drops: DropOptions,
+    revision: str | None = None,
+    options: ReadOptions = ReadOptions(),
+    *,
+    warn: bool = True,
 ) -> Model:
-    """The model called `name` without what it declares as dropped and without what `drops` names; no byte is read."""
+    """The model called `name` without what it declares as dropped and without what `drops` names; no byte is read.
+
+    Its notes are logged as warnings, unless the caller shows them itself (`warn` False).
+    """
     # the level is the host's own, unless the environment says otherwise
     if (level := env.logging_level()) is not None:
         _LOGGER.setLevel(level)
     model = pruned(read_model(resolve_model(name, revision), options), drops)
     for note in model.notes:
         # a dtype conflict is an error, or settled by the dtype that was asked for
-        if note != model.dtype_conflict:
+        if warn and note != model.dtype_conflict:
             _LOGGER.warning("%s: %s", name, note)
     return model
 

@@ -32,8 +32,8 @@ def drop(model: Model, plan: DropPlan) -> Model:
     kept = weight_shapes(spec)
     gone = {name: weight for name, weight in model.weights.items() if name not in kept}
     already = tuple(
-        f"{kind} {index} was gone already"
-        for kind in ("attention", "mlp")
+        f"{name} {index} was gone already"
+        for kind, name in (("attention", "attention"), ("mlp", "MLP"))
         for index in sorted(set(getattr(plan, kind)) & set(model.spec.dropped(kind)))
     )
     report = PassReport(

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pyruntime.bench import describe, summary
 from pyruntime.checkpoint import Model, read_model
+from pyruntime.cli.inspect import inspect
+from pyruntime.engine.load import DropOptions, read_pruned
 from pyruntime.passes import drop
 from pyruntime.spec import DropPlan
 from tests.checkpoint.dialects.tiny import LINEAR, attention, config_of, hf_name, mlp, spec_of, write
@@ -40,13 +43,13 @@ def test_each_key_that_says_something_has_a_line(tmp_path: Path) -> None:
         num_key_value_heads=[4, 2, 4, 4],
     )
     spec = spec_of((attention(4), None), (None, mlp(256)), (attention(4), None), (None, mlp(256)))
-    model = drop(read_model(write(tmp_path / "m", config, spec)), DropPlan((2,), (), "asked for"))
+    model = drop(read_model(write(tmp_path / "m", config, spec)), DropPlan((2,), (1,), "asked for"))
     said = [
         "per_layer_config: MLP 0; intermediate_size by layer",
         "drop_attn_list: attention 1, 3",
         "drop_mlp_list: MLP 2",
         "num_key_value_heads: num_key_value_heads by layer",
-        "drop (asked for): attention 2",
+        "drop (asked for): attention 2; MLP 1",
     ]
     assert starting(model, "said by ") == facts_of(model)["declared"] == said
 
@@ -57,6 +60,10 @@ def test_a_dense_model_has_nothing_to_explain(tmp_path: Path) -> None:
     facts = facts_of(model)
     assert (facts["declared"], facts["sizes_by_layer"], facts["unread_bytes"], facts["linear"]) == ([], {}, 0, [])
     assert not any(starting(model, start) for start in ("said by", "differ by layer", "note", "pass"))
+    assert starting(model, "gone") == ["nothing"]
+    # blocks that all say the same are no difference either
+    even = nas(*[({"n_heads_in_group": 2}, {"intermediate_size": 256})] * 2)
+    assert facts_of(read_model(write(tmp_path / "n", even, spec)))["declared"] == []
 
 
 def nas(*blocks: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def test_no_saving_is_claimed_against_a_parent_of_unknown_shape(tmp_path: Path) 
         assert not any("saved)" in line or "dense" in line for line in lines_of(found) if not line.startswith("note"))
         assert any("parent" in note and "unknown" in note for note in starting(found, "note"))
     assert facts_of(model)["linear"] == ["attention 0"]
-    assert "1 attentions, 2 MLPs and 1 linear maps of 2 layers" in starting(model, "kept")[0]
+    assert "1 attention, 2 MLPs and 1 linear map of 2 layers" in starting(model, "kept")[0]
     # what was asked for is counted all the same: a map of 64 x 64 and a norm
     (report,) = facts_of(drop(model, DropPlan((0,))))["reports"]
     assert report["num_weights"] == 64 * 64 + 64
@@ -109,6 +116,9 @@ def test_weights_of_dropped_sublayers_in_the_files_are_counted(tmp_path: Path) -
     # three matrices of 24 x 64 and a norm, in four bytes
     assert facts_of(model)["unread_bytes"] == (3 * 24 * 64 + 64) * 4 == 18688
     assert "the files also hold 0.02 MB of dropped sublayers, which are not read" in starting(model, "note")
+    # and what is dropped on top of that: two queries' and outputs' matrices, keys and values, a norm
+    more = drop(model, DropPlan((0,), (), "asked for"))
+    assert facts_of(more)["unread_bytes"] == 18688 + (2 * 64 * 64 + 2 * 32 * 64 + 64) * 4
     compact = spec_of((attention(4), mlp(24)), (attention(4), None))
     assert facts_of(read_model(write(tmp_path / "n", config, compact)))["unread_bytes"] == 0
 
@@ -119,8 +129,40 @@ def test_what_looks_wrong_is_a_note(tmp_path: Path) -> None:
     folder = write(tmp_path / "Model-Drop2Attn", config, spec)
     notes = [note for note in starting(read_model(folder), "note") if note.startswith("looks wrong:")]
     assert len(notes) == 2
-    assert any("differ" in note for note in notes)
+    both = "per_layer_config: MLP 0; drop_attn_list and drop_mlp_list: attention 1"
+    assert any(f"differs ({both})" in note for note in notes)
     assert any("2 attentions" in note and "1 of attention and 1 of MLP" in note for note in notes)
+
+
+def test_what_one_key_drops_and_another_never_built_may_complement_each_other(tmp_path: Path) -> None:
+    spec = spec_of((attention(4), None), (None, mlp(256)))
+    config = config_of(2, drop_attn_list=[1], layer_inter_size=[0, 256])
+    assert read_model(write(tmp_path / "m", config, spec)).notes == ()
+
+
+def test_nothing_is_predicted_of_a_model_without_sublayers(tmp_path: Path) -> None:
+    spec = spec_of((attention(4), mlp(256)), (attention(4), mlp(256)))
+    model = drop(read_model(write(tmp_path / "m", config_of(2), spec)), DropPlan((0, 1), (0, 1), "asked for"))
+    facts = facts_of(model)
+    assert facts["predicted_decode_speedup"] is facts["predicted_prefill_speedup"] is None
+    (line,) = starting(model, "predicted")
+    assert "no sublayer is left" in line
+    assert "saved)" in starting(model, "weights")[0]
+
+
+def test_inspect_says_each_note_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_of((attention(4), None), (attention(4), mlp(256)))
+    config = config_of(2, drop_mlp_list=[0, 0, 0])
+    folder = write(tmp_path / "m", config, spec)
+    inspect(str(folder))
+    out = capsys.readouterr()
+    assert out.out.count("names a layer twice") == 1
+    assert "names a layer twice" not in out.err + caplog.text
+    # an engine shows no notes, so there they are logged
+    read_pruned(folder, DropOptions())
+    assert "names a layer twice" in caplog.text
 
 
 def test_a_fused_tensor_of_a_dropped_sublayer_counts_once(tmp_path: Path) -> None:

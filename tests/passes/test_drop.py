@@ -149,7 +149,7 @@ def test_a_second_drop_removes_only_what_is_left(model: Model) -> None:
     assert second.spec == drop(model, DropPlan(attention=(1, 3), mlp=(2,))).spec
     assert second.reports[0] == first.reports[0]
     assert second.reports[1].removed == ("attention 3",)
-    assert second.reports[1].notes == ("attention 1 was gone already", "mlp 2 was gone already")
+    assert second.reports[1].notes == ("attention 1 was gone already", "MLP 2 was gone already")
     whole = drop(model, DropPlan(attention=(1, 3), mlp=(2,))).reports[0]
     assert sum(report.num_weights for report in second.reports) == whole.num_weights
     assert sum(report.kv_values_per_token for report in second.reports) == whole.kv_values_per_token

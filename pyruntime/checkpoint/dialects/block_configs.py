@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from pyruntime.checkpoint.dialects.declared import Declared, in_words
+from pyruntime.checkpoint.dialects.declared import Declared, in_words, plan_of, shown
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
-from pyruntime.spec import DropPlan
 from pyruntime.spec.bounds import MAX_HEADS, MAX_WIDTH
 
 _KINDS: Final = {"attention": "attention", "ffn": "mlp"}
+_NAMES: Final = {kind: name for name, kind in _KINDS.items()}
 _FLAGS: Final = ("no_op", "replace_with_linear")
 # names, plans for precision and for sparse kernels: without influence on what is computed in full precision
 _HARMLESS: Final = frozenset({"kind", "name", "sparsify", "weights_precision"})
@@ -55,11 +55,12 @@ _SIZES: Final[dict[str, dict[str, _Meaning]]] = {
     },
     "mlp": {
         "ffn_mult": ("intermediate_size", _width),
-        # where both are given this one is exact, so it stands last
         "intermediate_size": ("intermediate_size", _same),
         "hidden_act": ("hidden_act", _same),
     },
 }
+# a key that gives way to another: an exact width counts, whatever its multiplier says
+_GIVES_WAY: Final = {"ffn_mult": "intermediate_size"}
 # what config.json must say for all layers where a block does not
 _NEEDED: Final = {"attention": "num_key_value_heads", "mlp": "intermediate_size"}
 
@@ -74,7 +75,7 @@ def block_configs(fields: Fields, num_layers: int) -> Declared:
     if blocks is None:
         return Declared()
     if not isinstance(blocks, list) or len(blocks) != num_layers:
-        found = f"has {len(blocks)} entries" if isinstance(blocks, list) else f"is a {type(blocks).__name__}"
+        found = f"has {len(blocks)} entries" if isinstance(blocks, list) else f"is {shown(blocks)}"
         raise UsageError(
             "CONFIG", f"config.json: block_configs {found}; expected a list of {num_layers}, one per layer"
         )
@@ -82,12 +83,13 @@ def block_configs(fields: Fields, num_layers: int) -> Declared:
     overrides: dict[int, dict[str, Any]] = {}
     for index, block in enumerate(blocks):
         for kind, subblock in _subblocks(block, f"config.json: block_configs[{index}]").items():
-            where = f"config.json: block_configs[{index}] {kind}"
+            where = f"config.json: block_configs[{index}] {_NAMES[kind]}"
             flag = _flag(subblock, where)
             sizes = _sizes(subblock, kind, where, fields)
             if flag is None:
                 if _NEEDED[kind] not in sizes and fields.raw(_NEEDED[kind]) is None:
-                    raise UsageError("CONFIG", f"{where} has no size; expected one of {', '.join(_SIZES[kind])}")
+                    names = [name for name, (key, _) in _SIZES[kind].items() if key == _NEEDED[kind]]
+                    raise UsageError("CONFIG", f"{where} has no size; expected one of {', '.join(names)}")
                 overrides.setdefault(index, {}).update(sizes)
                 continue
             flagged[flag].add((index, kind))
@@ -95,27 +97,24 @@ def block_configs(fields: Fields, num_layers: int) -> Declared:
             if flag == "no_op" and heads_or_width:
                 raise UsageError("CONFIG", f"{where} is a no-op and has {', '.join(heads_or_width)}; remove one")
     linear = frozenset(flagged["replace_with_linear"])
-    no_ops = _plan(flagged["no_op"])
-    said = in_words("block_configs", no_ops, overrides, linear, gone_as="no-op ")
+    no_ops = plan_of(flagged["no_op"], "block_configs")
+    said = in_words("block_configs", no_ops, num_layers, overrides, linear, gone_as="no-op ")
     return Declared(no_ops=no_ops, linear=linear, overrides=overrides, said=said)
-
-
-def _plan(sublayers: set[tuple[int, str]]) -> DropPlan:
-    attention, mlp = (tuple(index for index, each in sublayers if each == kind) for kind in _KINDS.values())
-    return DropPlan(attention, mlp, "block_configs" if sublayers else "")
 
 
 def _subblocks(block: Any, where: str) -> dict[str, Mapping[str, Any]]:
     """The attention and the MLP of a block, each exactly once."""
     if not isinstance(block, dict):
-        raise UsageError("CONFIG", f"{where} is a {type(block).__name__}; expected an object")
+        raise UsageError("CONFIG", f"{where} is {shown(block)}; expected an object with attention and ffn")
     _refuse_unknown(block, {*_KINDS, "subblock_configs"}, where)
     found: dict[str, Mapping[str, Any]] = {}
     for name, subblock in _named(block, where):
+        if not isinstance(subblock, dict):
+            raise UsageError("CONFIG", f"{where} {name} is {shown(subblock)}; expected an object")
         kind = _KINDS.get(name) if isinstance(name, str) else None
-        if kind is None or kind in found or not isinstance(subblock, dict):
+        if kind is None or kind in found:
             raise UsageError(
-                "CONFIG", f"{where} has a subblock of kind {str(name)[:80]!r}; expected the objects attention and ffn"
+                "CONFIG", f"{where} has a subblock of kind {shown(name)}; expected attention and ffn, each once"
             )
         found[kind] = subblock
     if len(found) != len(_KINDS):
@@ -164,8 +163,10 @@ def _sizes(subblock: Mapping[str, Any], kind: str, where: str, fields: Fields) -
             new = meaning(value, fields)
         except UsageError as error:
             raise UsageError("CONFIG", f"{where}: {str(error).removeprefix('config.json: ')}") from None
-        if key in found and found[key] != new and key != "intermediate_size":
-            raise UsageError("CONFIG", f"{where} gives two values of {key}: {found[key]!r} and {new!r}")
+        if name in _GIVES_WAY and subblock.get(_GIVES_WAY[name]) is not None:
+            continue
+        if key in found and found[key] != new:
+            raise UsageError("CONFIG", f"{where} gives two values of {key}: {shown(found[key])} and {shown(new)}")
         found[key] = new
     return found
 

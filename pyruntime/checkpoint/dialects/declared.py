@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -10,6 +11,15 @@ from pyruntime.errors import UsageError
 from pyruntime.spec import DropPlan
 
 Overrides = Mapping[int, Mapping[str, Any]]
+# the keys that may differ by layer, and the sublayer that each one sizes
+KIND_OF: Final = {
+    "num_attention_heads": "attention",
+    "num_key_value_heads": "attention",
+    "head_dim": "attention",
+    "sliding_window": "attention",
+    "intermediate_size": "mlp",
+    "hidden_act": "mlp",
+}
 # what a sublayer has that is taken out again before its weights are looked for: families need some size to build it
 _STAND_INS: Final = {
     "attention": {"num_attention_heads": 1, "num_key_value_heads": 1},
@@ -61,10 +71,10 @@ def merged(parts: Iterable[Declared]) -> Declared:
     where two override the same key of a layer with different values.
     """
     found = Declared()
-    lists: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    lists: list[DropPlan] = []
     for part in parts:
-        if part.gone:
-            lists.add((part.gone.attention, part.gone.mlp))
+        if part.drops:
+            lists.append(part.drops)
         found = Declared(
             drops=found.drops | part.drops,
             no_ops=found.no_ops | part.no_ops,
@@ -73,9 +83,10 @@ def merged(parts: Iterable[Declared]) -> Declared:
             said=found.said + part.said,
             notes=found.notes + part.notes,
         )
-    if len(lists) < 2:
+    if len({(each.attention, each.mlp) for each in lists}) < 2:
         return found
-    note = f"looks wrong: the drops of {found.gone.origin} differ; everything that either drops is dropped"
+    each_said = "; ".join(f"{each.origin}: {layers_in_words(each)}" for each in lists)
+    note = f"looks wrong: what is dropped differs ({each_said}); everything that either drops is dropped"
     return replace(found, notes=(*found.notes, note))
 
 
@@ -87,25 +98,56 @@ def joined(first: Overrides, second: Overrides) -> dict[int, Mapping[str, Any]]:
         for name, value in keys.items():
             if own.setdefault(name, value) != value:
                 raise UsageError(
-                    "CONFIG", f"config.json gives layer {index} two values of {name}: {own[name]!r} and {value!r}"
+                    "CONFIG",
+                    f"config.json gives layer {index} two values of {name}: {shown(own[name])} and {shown(value)}; "
+                    "remove the wrong one",
                 )
     return dict(layers)
 
 
 def in_words(
-    key: str, gone: DropPlan, overrides: Overrides, linear: Iterable[tuple[int, str]] = (), *, gone_as: str = ""
+    key: str,
+    gone: DropPlan,
+    num_layers: int = 0,
+    overrides: Overrides | None = None,
+    linear: frozenset[tuple[int, str]] = frozenset(),
+    *,
+    gone_as: str = "",
 ) -> tuple[str, ...]:
     """One line on what `key` says, or none: "block_configs: no-op attention 2, 3; linear map for MLP 1"."""
-    parts = []
-    for kind, name in (("attention", "attention"), ("mlp", "MLP")):
-        if layers := getattr(gone, kind):
-            parts.append(f"{gone_as}{name} {_numbers(layers)}")
-        if layers := sorted(index for index, each in linear if each == kind):
-            parts.append(f"linear map for {name} {_numbers(layers)}")
-    if names := sorted({name for keys in overrides.values() for name in keys}):
+    maps = plan_of(linear)
+    parts = [layers_in_words(gone, gone_as)] if gone else []
+    parts += [layers_in_words(maps, "linear map for ")] if maps else []
+    if names := _differing(overrides or {}, num_layers, Declared(no_ops=gone, linear=linear).replaced):
         parts.append(f"{', '.join(names)} by layer")
     return (f"{key}: {'; '.join(parts)}",) if parts else ()
 
 
-def _numbers(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, layers))
+def plan_of(sublayers: Iterable[tuple[int, str]], origin: str = "") -> DropPlan:
+    """The plan that names these (layer, "attention" | "mlp"); `origin` counts where there are any."""
+    found = list(sublayers)
+    attention, mlp = (tuple(index for index, each in found if each == kind) for kind in ("attention", "mlp"))
+    return DropPlan(attention, mlp, origin if found else "")
+
+
+def layers_in_words(plan: DropPlan, before: str = "") -> str:
+    """The sublayers of `plan`: "attention 1, 3; MLP 0", or "nothing"."""
+    kinds = (("attention", plan.attention), ("MLP", plan.mlp))
+    return "; ".join(f"{before}{name} {', '.join(map(str, layers))}" for name, layers in kinds if layers) or "nothing"
+
+
+def shown(value: Any) -> str:
+    """`value` of a JSON file as JSON writes it, cut to a line."""
+    return json.dumps(value)[:80]
+
+
+def _differing(overrides: Overrides, num_layers: int, without: Iterable[tuple[int, str]]) -> list[str]:
+    """The overridden keys that do not have one and the same value in all layers; those in `without` have none."""
+    absent = frozenset(without)
+
+    def values(name: str) -> set[str]:
+        there = (index for index in range(num_layers) if (index, KIND_OF[name]) not in absent)
+        # what a layer does not override is what config.json says for all
+        return {repr(overrides.get(index, {}).get(name, ...)) for index in there}
+
+    return [name for name in sorted({name for keys in overrides.values() for name in keys}) if len(values(name)) > 1]

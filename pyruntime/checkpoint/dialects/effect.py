@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, Final
 
-from pyruntime.checkpoint.dialects.declared import Overrides
+from pyruntime.checkpoint.dialects.declared import KIND_OF, Overrides, shown
 from pyruntime.checkpoint.families import Family
 from pyruntime.checkpoint.families.decoder import ACTIVATIONS
 from pyruntime.errors import UsageError
 from pyruntime.spec import MLP, Attention, ModelSpec
 
-# by the key: the sublayer it sizes, what the sublayer has, and what the key's value means there
-_FOUND: Final[dict[str, tuple[str, Callable[[Any], Any]]]] = {
-    "num_attention_heads": ("attention", lambda attention: attention.num_heads),
-    "num_key_value_heads": ("attention", lambda attention: attention.num_kv_heads),
-    "head_dim": ("attention", lambda attention: attention.head_dim),
-    "sliding_window": ("attention", lambda attention: attention.window),
-    "intermediate_size": ("mlp", lambda mlp: mlp.up.out_features),
-    "hidden_act": ("mlp", lambda mlp: mlp.activation),
+# by the key: what the sublayer that it sizes has
+_FOUND: Final[dict[str, Callable[[Any], Any]]] = {
+    "num_attention_heads": lambda attention: attention.num_heads,
+    "num_key_value_heads": lambda attention: attention.num_kv_heads,
+    "head_dim": lambda attention: attention.head_dim,
+    "sliding_window": lambda attention: attention.window,
+    "intermediate_size": lambda mlp: mlp.up.out_features,
+    "hidden_act": lambda mlp: mlp.activation,
 }
-SUPPORTED: Final = frozenset(_FOUND)
 
 
 def readable(overrides: Overrides, family: Family) -> Overrides:
@@ -41,16 +40,18 @@ def check_overrides(spec: ModelSpec, overrides: Overrides, but: Collection[tuple
     """
     for index, keys in overrides.items():
         for name, value in keys.items():
-            kind, found_in = _FOUND[name]
+            kind = KIND_OF[name]
             sublayer = getattr(spec.layers[index], kind)
             if not isinstance(sublayer, Attention | MLP) or (index, kind) in but:
                 continue
-            found = found_in(sublayer)
+            found = _FOUND[name](sublayer)
             wanted = value
             if name == "hidden_act":
                 wanted = ACTIVATIONS.get(value) if isinstance(value, str) else None
             # true is 1 in Python, and 4.0 is 4
             if found != wanted or type(found) is not type(wanted):
                 raise UsageError(
-                    "CONFIG", f"{name} of layer {index} is {value!r}; {spec.family} has {found} there and cannot differ"
+                    "CONFIG",
+                    f"{name} of layer {index} is {shown(value)}; {spec.family} has {shown(found)} there and cannot "
+                    "differ: remove it, or get the model that it was written for",
                 )

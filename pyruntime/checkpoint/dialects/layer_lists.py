@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from pyruntime.checkpoint.dialects.declared import Declared, in_words
+from pyruntime.checkpoint.dialects.declared import Declared, in_words, shown
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
 from pyruntime.spec import DropPlan
@@ -44,7 +44,7 @@ def layer_lists(fields: Fields, num_layers: int) -> Declared:
         for index, values in own.items():
             _take(found[index], values, f"config.json: {key}[{index}]")
         empty = DropPlan(absent) if kind == "attention" else DropPlan((), absent)
-        said += in_words(key, empty, own, gone_as="no-op ")
+        said += in_words(key, empty, num_layers, own, gone_as="no-op ")
     # what has a size of 0 is not built, so it overrides nothing
     overrides = {index: {name: size for name, size in sizes.items() if size} for index, sizes in found.items()}
     origin = "a size of 0" if any(gone.values()) else ""
@@ -57,13 +57,13 @@ def _listed(fields: Fields, key: str, name: str, num_layers: int) -> list[int] |
     if value is None or (key == name and not isinstance(value, list)):
         return None
     if not isinstance(value, list) or len(value) != num_layers:
-        found = f"has {len(value)} entries" if isinstance(value, list) else f"is a {type(value).__name__}"
+        found = f"has {len(value)} entries" if isinstance(value, list) else f"is {shown(value)}"
         raise UsageError("CONFIG", f"config.json: {key} {found}; expected a list of {num_layers}, one per layer")
     for index, size in enumerate(value):
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise UsageError("CONFIG", f"config.json: {key}[{index}] is {size!r}; expected a size, or 0 for none")
+            raise UsageError("CONFIG", f"config.json: {key}[{index}] is {shown(size)}; expected a size, or 0 for none")
     if key == "num_attention_heads" and fields.raw("head_dim") is None:
-        raise UsageError("CONFIG", "config.json: num_attention_heads differs by layer; say head_dim")
+        raise UsageError("CONFIG", "config.json: num_attention_heads differs by layer; add head_dim")
     # the writers of layer_head_num repeat the number of layers
     fields.integer("layer_num", num_layers, num_layers, num_layers)
     return value
@@ -77,4 +77,4 @@ def _multi_head(fields: Fields) -> bool:
 def _take(known: dict[str, int], values: dict[str, int], where: str) -> None:
     for name, value in values.items():
         if known.setdefault(name, value) != value:
-            raise UsageError("CONFIG", f"{where} is {value}; another list says {known[name]}")
+            raise UsageError("CONFIG", f"{where} is {value}; another list says {known[name]}; remove the wrong one")

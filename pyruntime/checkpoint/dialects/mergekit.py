@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import yaml
 
+from pyruntime.checkpoint.dialects.declared import plan_of
+from pyruntime.checkpoint.families import Family
 from pyruntime.checkpoint.strict_json import nesting
 from pyruntime.errors import UsageError
-from pyruntime.spec import DropPlan
+from pyruntime.spec import DropPlan, ModelSpec, NormKind, linear_names, sublayer_prefix, weight_shapes
+from pyruntime.spec.model import Sublayer
 
 _MAX_BYTES: Final = 1 << 16
 _MAX_DEPTH: Final = 16
@@ -17,12 +21,10 @@ _MAX_DEPTH: Final = 16
 _HARMLESS: Final = frozenset(
     "base_model dtype out_dtype tokenizer_source tokenizer chat_template name merge_method slices parameters".split()
 )
-# the maps that end a sublayer, and the other tensors of a layer
-_ENDS: Final = {"attention": "self_attn.o_proj.weight", "mlp": "mlp.down_proj.weight"}
-_OTHERS: Final = (
-    "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight mlp.gate_proj.weight mlp.up_proj.weight "
-    "input_layernorm.weight post_attention_layernorm.weight"
-).split()
+# norms that give zero where their weight is zero
+_PLAIN_NORMS: Final = (NormKind.RMS, NormKind.LAYER)
+# what a part of a tensor's name ("" for every tensor) scales it by; the first that fits counts
+_Scales = tuple[tuple[str, float], ...]
 
 
 class _Texts(yaml.BaseLoader):  # type: ignore[misc]
@@ -51,8 +53,8 @@ def parse_yaml(text: bytes) -> Any:
         raise UsageError("DROP_PLAN", f"is neither JSON nor YAML ({type(error).__name__}{where})") from None
 
 
-def mergekit(data: Mapping[Any, Any], num_layers: int) -> DropPlan:
-    """What the merge `data` leaves out of a model of `num_layers` layers.
+def mergekit(data: Mapping[Any, Any], spec: ModelSpec, family: Family | None) -> DropPlan:
+    """What the merge `data` leaves out of the model that `spec` describes; `family` knows what its tensors are called.
 
     Raises UsageError DROP_PLAN for merges that do more: repeat, reorder, mix or scale.
     """
@@ -60,21 +62,21 @@ def mergekit(data: Mapping[Any, Any], num_layers: int) -> DropPlan:
     if data.get("merge_method") != "passthrough":
         raise _more(f"merge_method is {_shown(data.get('merge_method'))}, which changes weights")
     model: str | None = None
-    kept = {"attention": set[int](), "mlp": set[int]()}
-    upto = 0
+    taken: dict[int, _Scales] = {}
     for part, source in _sources(data):
         name = _model_of(source)
         if model not in (None, name):
             raise _more(f"it takes layers of {_shown(model)} and of {_shown(name)}")
         model = name
-        begin, end = _layer_range(source, num_layers)
-        if begin < upto:
-            raise _more(f"layer {begin} is taken behind layer {upto - 1}, so layers repeat or change places")
-        upto = end
-        for kind in _kinds([source.get("parameters"), part.get("parameters"), data.get("parameters")]):
-            kept[kind].update(range(begin, end))
-    attention, mlp = (tuple(sorted(set(range(num_layers)) - kept[kind])) for kind in _ENDS)
-    return DropPlan(attention, mlp, "mergekit slices")
+        begin, end = _layer_range(source, len(spec.layers))
+        last = max(taken, default=-1)
+        if begin <= last:
+            raise _more(f"layer {begin} is taken behind layer {last}, so layers repeat or change places")
+        places = [each.get("parameters") for each in (source, part, data)]
+        taken.update(dict.fromkeys(range(begin, end), tuple(_scales(places))))
+    not_taken = tuple(index for index in range(len(spec.layers)) if index not in taken)
+    silent = _silent(spec, family, taken) if any(taken.values()) else DropPlan()
+    return DropPlan(not_taken + silent.attention, not_taken + silent.mlp, "mergekit slices")
 
 
 def _more(why: str) -> UsageError:
@@ -83,7 +85,9 @@ def _more(why: str) -> UsageError:
 
 def _shown(value: Any) -> str:
     # not the value of an object: aliases can make it endless
-    return ascii(value[:80]) if isinstance(value, str) else f"a {type(value).__name__}"
+    if isinstance(value, str):
+        return ascii(value[:80])
+    return "nothing" if value is None else "an object" if isinstance(value, dict) else "a list"
 
 
 def _refuse_unknown(entry: Mapping[Any, Any], known: frozenset[str], where: str) -> None:
@@ -129,44 +133,87 @@ def _layer_range(source: Mapping[Any, Any], num_layers: int) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def _kinds(places: list[Any]) -> Iterator[str]:
-    """The sublayers that stay: those whose last map is not scaled to zero. Nothing else may be scaled."""
-    settings = []
+def _scales(places: list[Any]) -> Iterator[tuple[str, float]]:
+    """What the places say of scales, from the innermost outwards."""
     for parameters in places:
         if parameters is None:
             continue
         if not isinstance(parameters, dict):
             raise UsageError("DROP_PLAN", f"parameters is {_shown(parameters)}; expected an object")
         _refuse_unknown(parameters, frozenset({"scale"}), "parameters")
-        settings.append(parameters.get("scale"))
-    for name in _OTHERS:
-        if (scale := _scale(name, settings)) != 1:
-            raise _more(f"{name} is scaled by {scale:g}")
-    for kind, name in _ENDS.items():
-        scale = _scale(name, settings)
-        if scale not in (0, 1):
-            raise _more(f"{name} is scaled by {scale:g}")
-        if scale:
-            yield kind
-
-
-def _scale(name: str, settings: list[Any]) -> float:
-    """The first setting that is for the tensor, from the innermost place outwards; 1 where there is none."""
-    for setting in settings:
-        for condition in setting if isinstance(setting, list) else [] if setting is None else [{"value": setting}]:
+        setting = parameters.get("scale", [])
+        for condition in setting if isinstance(setting, list) else [{"value": setting}]:
             if not isinstance(condition, dict):
                 raise _more("a scale changes from layer to layer")
             _refuse_unknown(condition, frozenset({"filter", "value"}), "a scale")
             wanted = condition.get("filter", "*")
-            if not isinstance(wanted, str) or any(letter.isdigit() for letter in wanted):
-                raise _more(f"a scale is filtered by {_shown(wanted)}")
-            if wanted == "*" or wanted in name:
-                return _number(condition.get("value"))
-    return 1.0
+            if not isinstance(wanted, str):
+                raise UsageError("DROP_PLAN", f"a scale is filtered by {_shown(wanted)}; expected a part of a name")
+            yield "" if wanted == "*" else wanted, _number(condition.get("value"))
 
 
 def _number(value: Any) -> float:
     try:
-        return float(value) if isinstance(value, str) and len(value) < 40 else float("nan")
+        number = float(value) if isinstance(value, str) and len(value) < 40 else math.nan
     except ValueError:
-        raise _more(f"a scale is {_shown(value)}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise _more(f"a scale is {_shown(value)}")
+    return number
+
+
+def _silent(spec: ModelSpec, family: Family | None, taken: Mapping[int, _Scales]) -> DropPlan:
+    """The sublayers that add zero because of the scales in the layers that are `taken`. No other tensor may change."""
+    if family is None:
+        raise _more(f"it scales, and what the tensors of {spec.family} are called is not known here")
+    names = {weight: family.tensor_name(weight) for weight in weight_shapes(spec)}
+    _refuse_lost(taken, names)
+    scales = {weight: _scale(name, _of_weight(weight, taken)) for weight, name in names.items()}
+    silent = {
+        (layer.index, kind)
+        for layer in spec.layers
+        for kind, sublayer in layer.sublayers()
+        if _adds_zero(sublayer, sublayer_prefix(layer.index, kind), scales)
+    }
+    prefixes = tuple(sublayer_prefix(*each) for each in silent)
+    for weight, scale in scales.items():
+        # what else a sublayer that adds zero has may be zero too
+        if scale != 1 and not (scale == 0 and weight.startswith(prefixes)):
+            raise _more(f"{names[weight]} is scaled by {scale:g}")
+    return plan_of(silent)
+
+
+def _refuse_lost(taken: Mapping[int, _Scales], names: Mapping[str, str]) -> None:
+    for wanted in dict.fromkeys(wanted for scales in taken.values() for wanted, _ in scales):
+        if not any(wanted in name for name in names.values()):
+            raise UsageError(
+                "DROP_PLAN",
+                f"a scale is filtered by {_shown(wanted)}, which no tensor of this model has in its name (one is "
+                f"{list(names.values())[len(names) // 2]}); correct or remove it",
+            )
+
+
+def _of_weight(weight: str, taken: Mapping[int, _Scales]) -> _Scales:
+    """The scales that count for `weight`: the embedding's are the first slice's, those behind the layers the last's."""
+    stem, _, rest = weight.partition(".")
+    if stem == "layers":
+        # a layer that is not taken is gone whatever it is scaled by
+        return taken.get(int(rest.split(".")[0]), ())
+    return taken[min(taken) if stem == "embedding" else max(taken)]
+
+
+def _scale(name: str, scales: _Scales) -> float:
+    return next((scale for wanted, scale in scales if wanted in name), 1.0)
+
+
+def _adds_zero(sublayer: Sublayer, prefix: str, scales: Mapping[str, float]) -> bool:
+    """Whether the last map gives zero and no norm behind it adds to that, or that norm itself gives zero."""
+    post = sublayer.post
+    if post is not None and post.kind in _PLAIN_NORMS and _is_zero(f"{prefix}post", scales):
+        return True
+    return _is_zero(f"{prefix}{linear_names(sublayer)[-1]}", scales) and not (post is not None and post.bias)
+
+
+def _is_zero(stem: str, scales: Mapping[str, float]) -> bool:
+    own = [scales[weight] for weight in (f"{stem}.weight", f"{stem}.bias") if weight in scales]
+    return bool(own) and not any(own)

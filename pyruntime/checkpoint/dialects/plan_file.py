@@ -11,6 +11,7 @@ from pyruntime.checkpoint.dialects.effect import check_overrides
 from pyruntime.checkpoint.dialects.layer_files import block_pruner, layer_mapping, reserved_layers
 from pyruntime.checkpoint.dialects.mergekit import mergekit, parse_yaml
 from pyruntime.checkpoint.dialects.names import looks_wrong, names_of
+from pyruntime.checkpoint.families import FAMILIES
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.checkpoint.files import is_there
 from pyruntime.checkpoint.strict_json import MAX_CONFIG_BYTES, parse, read_bytes, read_object
@@ -53,17 +54,18 @@ def _read(path: Path, choice: str | None, spec: ModelSpec | None) -> DropPlan:
     if is_json and _is_numbered(data, list):
         return block_pruner(data, choice)
     if is_json and isinstance(data, list):
-        return reserved_layers(data, _mapping_beside(path), _num_layers(spec), choice)
+        return reserved_layers(data, _mapping_beside(path), len(_needed(spec).layers), choice)
     if choice is not None:
         raise UsageError(
             _CODE, f"#{choice[:80]} chooses nothing here; only BlockPruner's files and kept layers need it"
         )
     if is_json and _is_numbered(data, int):
-        return layer_mapping(data, _num_layers(spec))
+        return layer_mapping(data, len(_needed(spec).layers))
     if is_json and isinstance(data, dict) and "num_hidden_layers" in data:
         return _of_config(data, path, spec)
     if not is_json and isinstance(data, dict) and "slices" in data:
-        return mergekit(data, _num_layers(spec))
+        known = _needed(spec)
+        return mergekit(data, known, FAMILIES.get(known.family))
     if is_json and isinstance(data, dict) and "format" in data:
         return DropPlan.from_json(data)
     raise UsageError(
@@ -83,10 +85,10 @@ def _is_numbered(data: Any, kind: type) -> bool:
     )
 
 
-def _num_layers(spec: ModelSpec | None) -> int:
+def _needed(spec: ModelSpec | None) -> ModelSpec:
     if spec is None:
         raise UsageError(_CODE, "what this file drops depends on the number of layers; read it for a model")
-    return len(spec.layers)
+    return spec
 
 
 def _mapping_beside(path: Path) -> Mapping[str, Any] | None:

@@ -39,7 +39,9 @@ class Family:
 
     def spec(self, fields: Fields) -> ModelSpec:
         """The specification that a config.json of this family describes. Raises UsageError CONFIG."""
-        return self.decoder.spec(fields, str(fields.raw("model_type", self.model_types[0])))
+        model_type = fields.raw("model_type")
+        # exports of another program may carry a type of their own
+        return self.decoder.spec(fields, model_type if model_type in self.model_types else self.model_types[0])
 
     def tensor_name(self, weight: str) -> str:
         """Name in the checkpoint of our weight `weight`, such as "layers.3.mlp.up.weight"."""

@@ -81,7 +81,7 @@ OTHER_CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "other widths": ({"drop_attn_list": [0], "per_layer_config": {"1": {"intermediate_size": 24}}}, ("layer 1", "24")),
     "heads of true": (
         {"drop_attn_list": [0], "per_layer_config": {"1": {"num_key_value_heads": True}}},
-        ("num_key_value_heads", "True"),
+        ("num_key_value_heads", "true"),
     ),
     "a width of a float": (
         {"drop_attn_list": [0], "per_layer_config": {"1": {"intermediate_size": 256.0}}},

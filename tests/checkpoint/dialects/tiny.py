@@ -63,10 +63,13 @@ def mlp(width: int) -> MLP:
     return mlp_of(HIDDEN, width)
 
 
-def spec_of(*layers: tuple[Attention | Replacement | None, MLP | Replacement | None]) -> ModelSpec:
+def spec_of(
+    *layers: tuple[Attention | Replacement | None, MLP | Replacement | None], family: str = "llama"
+) -> ModelSpec:
     """A model of these layers."""
     return model_of(
         [(*layer, False) for layer in layers],
+        family=family,
         embedding=Embedding(vocab_size=VOCAB, size=HIDDEN, scale=1.0),
         final_norm=rms(HIDDEN),
         head=Head(linear=lin(HIDDEN, VOCAB), tied=False),
