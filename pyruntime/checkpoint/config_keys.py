@@ -32,7 +32,13 @@ _OF_GENERATION: Final = (
     "continuous_batching_config low_memory penalty_alpha dola_layers diversity_penalty num_beam_groups constraints "
     "force_words_ids prefill_chunk_size"
 )
-_HARMLESS: Final = frozenset((_OF_ANY_MODEL + " " + _OF_GENERATION).split())
+# stamps of programs that train and convert, and what only training drops
+_OF_PROGRAMS: Final = (
+    "unsloth_version unsloth_fixed axolotl_config trl_version mergekit_version transformers.js_config model_max_length "
+    "tokenizer_model_max_length tokenizer_padding_side use_flash_attention_2 use_flash_attn resid_pdrop embd_pdrop "
+    "attn_pdrop hidden_dropout residual_dropout embedding_dropout gradient_checkpointing"
+)
+_HARMLESS: Final = frozenset(" ".join((_OF_ANY_MODEL, _OF_GENERATION, _OF_PROGRAMS)).split())
 # what transformers leaves behind; other names with an underscore are noted
 _PRIVATE: Final = ("_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_from_model_config")
 # said once when present: they would run code of the checkpoint's author elsewhere, never here
@@ -47,7 +53,7 @@ _MERGED: Final = ("skipless", "merged")
 def refuse_unsupported(fields: Fields) -> None:
     """Raise UsageError CONFIG for a key that says the weights are something that cannot be run."""
     for key, why in _REFUSED.items():
-        if fields.raw(key) is not None:
+        if fields.raw(key):
             raise UsageError("CONFIG", f"config.json has {key}: {why}")
 
 
@@ -75,7 +81,8 @@ def notes_on_keys(fields: Fields, family: Family, spec: ModelSpec, ignore: Itera
             f"config.json has {len(wrong)} unknown key{'s' * (len(wrong) > 1)}: {some(wrong)}; only if they have no "
             "influence on the logits, name them in ignore_config_keys (--ignore-config-keys a,b)",
         )
-    ignored = sorted(asked & set(unknown))
+    ignored, absent = sorted(asked & set(unknown)), sorted(asked - set(unknown))
+    notes += [f"ignore_config_keys names {some(absent)}, which need no word or are not there"] if absent else []
     notes += [f"keys of config.json that are ignored as asked: {some(ignored)}"] if ignored else []
     notes += [f"keys of config.json that are switched off and not known: {some(off)}"] if off else []
     notes += [f"private keys of config.json that are ignored: {some(private)}"] if private else []

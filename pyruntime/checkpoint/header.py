@@ -83,7 +83,7 @@ def read_header(fd: int, where: str) -> dict[str, TensorInfo]:
                 f"{where}: the header has {text.count(mark)} times {mark.decode()!r}; {MAX_TENSORS} tensors, which is "
                 f"the most that are read, need less than {most}",
             )
-    entries = parse(text, where, "HEADER_JSON", _MAX_DEPTH)
+    entries = parse(text, where, "HEADER_JSON", _MAX_DEPTH, 5 * MAX_TENSORS)
     _check_metadata(entries.pop("__metadata__", {}), where)
     _check_count(len(entries), where)
     data_start = 8 + num_bytes
@@ -125,12 +125,12 @@ def _tensor(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZES:
         raise CheckpointError(
-            "DTYPE", f"{shown}: dtype {dtype!r} is not known; expected one of {', '.join(DTYPE_SIZES)}"
+            "DTYPE", f"{shown}: dtype {str(dtype)[:80]!r} is not known; expected one of {', '.join(DTYPE_SIZES)}"
         )
     if not _sizes(shape) or len(shape) > 8:
-        raise CheckpointError("OFFSETS", f"{shown}: shape {shape!r} is no list of at most 8 sizes")
+        raise CheckpointError("OFFSETS", f"{shown}: shape {str(shape)[:80]} is no list of at most 8 sizes")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise CheckpointError("OFFSETS", f"{shown}: data_offsets {offsets!r} is no pair begin <= end")
+        raise CheckpointError("OFFSETS", f"{shown}: data_offsets {str(offsets)[:80]} is no pair begin <= end")
     num_bytes = math.prod(shape) * DTYPE_SIZES[dtype]
     if num_bytes != offsets[1] - offsets[0]:
         raise CheckpointError(

@@ -6,23 +6,25 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from pyruntime.checkpoint.files import io_error, open_file
-from pyruntime.errors import CheckpointError, PyruntimeError
+from pyruntime.errors import CheckpointError
 
 MAX_CONFIG_BYTES: Final = 1 << 20
+# an index or a tokenizer's table of this many entries is larger than any that is known
+MAX_ITEMS: Final = 100_000
 _MAX_DEPTH: Final = 64
 # a string, the last one perhaps without its end, or a bracket; possessive, so that no text takes quadratic time
 _TOKENS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
-Problem = Callable[[str], PyruntimeError]
 
+def parse(text: bytes, where: str, code: str, max_depth: int = _MAX_DEPTH, max_items: int = MAX_ITEMS) -> Any:
+    """The JSON value in `text`. Raises CheckpointError `code` naming `where` and what is wrong.
 
-def parse(text: bytes, where: str, code: str, max_depth: int = _MAX_DEPTH) -> Any:
-    """The JSON value in `text`. Raises CheckpointError `code` naming `where` and what is wrong."""
+    At most `max_items` objects and lists are made of it, and 16 times as many other values.
+    """
 
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(code, f"{where}: {what}")
@@ -37,6 +39,10 @@ def parse(text: bytes, where: str, code: str, max_depth: int = _MAX_DEPTH) -> An
     def no_constant(name: str) -> Any:
         raise refuse(f"holds {name}, which is no JSON number")
 
+    # before the parser makes hundreds of megabytes of them; those in texts count too
+    items, values = text.count(b"[") + text.count(b"{"), text.count(b",")
+    if items > max_items or values > 16 * max_items:
+        raise refuse(f"holds {items} brackets and {values} commas; at most {max_items} and {16 * max_items} are read")
     # cheap upper bound of the depth, so that a hostile file cannot exhaust the parser's stack
     if nesting(text, max_depth) > max_depth:
         raise refuse(f"is nested deeper than {max_depth} levels")

@@ -166,7 +166,7 @@ class InMemory:
         return self.tensor
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
+def check_finite(name: str, tensor: torch.Tensor, where: str = "", advice: str = "get the weights again") -> None:
     """Raise CheckpointError NOT_FINITE if a value of `tensor`, which the user knows as `name`, is NaN or infinite."""
     # one fast pass: where there is a NaN, it is the least and the greatest value
     if tensor.numel() == 0 or all(map(torch.isfinite, torch.aminmax(tensor))):
@@ -177,6 +177,6 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     index = [int(each) for each in first]
     raise CheckpointError(
         "NOT_FINITE",
-        f"{name}: {int(bad.count_nonzero())} of {tensor.numel()} values are NaN or infinite, first {index} = "
-        f"{tensor[tuple(index)].item()}; get the weights again, or pass check_weights=False (--no-check-weights)",
+        f"{name}: {int(bad.count_nonzero())} of {tensor.numel()} values are NaN or infinite{where}, first {index} = "
+        f"{tensor[tuple(index)].item()}; {advice}, or pass check_weights=False (--no-check-weights)",
     )

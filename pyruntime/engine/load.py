@@ -164,7 +164,7 @@ def load(
     Raises the errors of each stage, and RunError MEMORY before weights that do not fit are read.
     """
     _check_names(name, dtype=dtype, target=target, device=device)
-    if check_weights not in (None, True, False):
+    if check_weights is not None and not isinstance(check_weights, bool):
         raise UsageError("CONFIG", f"check_weights is {check_weights!r}; expected True, False or None")
     model = read_pruned(name, drops, revision, options)
     assert model.path is not None
@@ -177,7 +177,11 @@ def load(
         eos = (tokenizer.eos_id,)
     for token_id in eos:
         if token_id >= model.spec.vocab_size:
-            raise UsageError("CONFIG", f"eos_token_id is {token_id}; the model has {model.spec.vocab_size} tokens")
+            raise UsageError(
+                "CONFIG",
+                f"{name}: eos_token_id is {token_id}; the embedding has ids 0 to {model.spec.vocab_size - 1}; correct "
+                "generation_config.json or config.json",
+            )
     stored = DTYPES.get(model.dtype if dtype == "auto" else dtype)
     if stored is not None:
         check_memory(model.num_values * stored.itemsize, f"loading {name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,11 +21,13 @@ from pyruntime.engine.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
 from pyruntime.errors import CheckpointError, UsageError
 
 MAX_FILE_BYTES: Final = 64 * 2**20
+_MAX_CONFIG_BYTES: Final = 8 * 2**20
 
 # bos_token, eos_token and so on, and whatever a model family adds under the same kind of name
 _NAMED_SUFFIX: Final = "_token"
 _EXTRA_KEYS: Final = ("extra_special_tokens", "additional_special_tokens")
 _ADDED_FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_TOKEN_ID: Final = re.compile(r"[0-9]{1,9}")
 _LOGGER: Final = logging.getLogger("pyruntime")
 
 
@@ -102,7 +105,10 @@ class Tokenizer:
         return frozenset(idx for piece in pieces if (idx := self._backend.token_to_id(piece)) is not None)
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises CheckpointError unless all tokens, bos and eos by name, are among the model's `vocab_size` ids."""
+        """Raises CheckpointError unless the vocabulary, bos and eos are among the model's `vocab_size` ids.
+
+        Added tokens beyond them are noted in the log.
+        """
         for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
             if token_id is not None and token_id >= vocab_size:
                 raise CheckpointError(
@@ -110,11 +116,21 @@ class Tokenizer:
                     f"{name} {self._named[name]!r} has id {token_id}; the model has ids 0 to {vocab_size - 1}; "
                     "this tokenizer belongs to another model",
                 )
-        if self.vocab_size > vocab_size:
+        base = max(self._backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        if base > vocab_size:
             raise CheckpointError(
                 "TOKENIZER",
-                f"{self._folder.name}: the tokenizer has ids up to {self.vocab_size - 1}, the model has ids 0 to "
-                f"{vocab_size - 1}; this tokenizer belongs to another model",
+                f"{self._folder.name}: the vocabulary of tokenizer.json has ids up to {base - 1}, the embedding ids 0 "
+                f"to {vocab_size - 1}; this tokenizer belongs to another model",
+            )
+        if self.vocab_size > vocab_size:
+            # a token that was added for training, often for padding; a prompt that holds it is refused
+            _LOGGER.warning(
+                "%s: added tokens have ids up to %d, the embedding has rows for 0 to %d; texts with these tokens are "
+                "refused",
+                self._folder.name,
+                self.vocab_size - 1,
+                vocab_size - 1,
             )
 
     @property
@@ -193,7 +209,7 @@ def _read_text(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, "TOKENIZER", MAX_FILE_BYTES) if is_there(path) else {}
+    return read_object(path, "TOKENIZER", _MAX_CONFIG_BYTES) if is_there(path) else {}
 
 
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
@@ -227,13 +243,22 @@ def _added_token(value: object, where: str) -> tokenizers.AddedToken:
 def _add_config_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
     """Adds the tokens that tokenizer_config.json names to those of tokenizer.json; name -> text of the named ones."""
     listed = config.get("added_tokens_decoder") or {}
-    if not isinstance(listed, dict) or not all(str(key).isdecimal() for key in listed):
-        raise CheckpointError("TOKENIZER", "added_tokens_decoder is malformed; expected an object from id to token")
+    if not isinstance(listed, dict) or not all(_TOKEN_ID.fullmatch(key) for key in listed):
+        raise CheckpointError(
+            "TOKENIZER", "tokenizer_config.json: added_tokens_decoder is malformed; expected an object from id to token"
+        )
     tokens = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for idx in sorted(listed, key=int):
         token = _added_token(listed[idx], f"added_tokens_decoder[{idx}]")
         tokens[token.content] = token
         backend.add_tokens([token])
+        if (found := backend.token_to_id(token.content)) != int(idx):
+            _LOGGER.warning(
+                "tokenizer_config.json gives the token %r the id %s; by tokenizer.json it is %s, and that is obeyed",
+                token.content[:80],
+                idx,
+                found,
+            )
     named, extra = {}, []
     for name, value in config.items():
         if name.endswith(_NAMED_SUFFIX) and isinstance(value, (str, dict)):

@@ -169,15 +169,23 @@ class _Weights:
 
     def _read(self, name: str) -> torch.Tensor:
         weight = self._model.weights[name]
-        tensor = weight.read()
+        stored = weight.read()
+        tensor = stored.to(dtype=self._dtype)
         if name not in self._seen:
             self._seen.add(name)
             if self._check:
-                stored = dict.fromkeys(ref.name for ref in weight.refs() if isinstance(ref, TensorRef))
-                check_finite(" and ".join(stored) or name, tensor)
+                self._check_values(name, stored, tensor)
             if self._progress is not None:
                 self._progress(weight.num_bytes)
-        return tensor.to(device=self._device, dtype=self._dtype)
+        return tensor.to(device=self._device)
+
+    def _check_values(self, name: str, stored: torch.Tensor, tensor: torch.Tensor) -> None:
+        refs = self._model.weights[name].refs()
+        names = " and ".join(dict.fromkeys(ref.name for ref in refs if isinstance(ref, TensorRef))) or name
+        check_finite(names, stored)
+        if tensor.dtype != stored.dtype:
+            dtype = str(self._dtype).removeprefix("torch.")
+            check_finite(names, tensor, f" as {dtype}", "choose a dtype with a wider range (--dtype)")
 
 
 def _place(graph: Graph) -> dict[str, int]:

@@ -246,7 +246,9 @@ BAD: list[Bad] = [
         "get the file again",
     ),
     *bad("C13", "CONFIG", 3, {"above 1 MiB": text(b'{"model_type": "llama"}'.ljust((1 << 20) + 1))}, "1048577"),
-    *bad("C13", "CONFIG", 3, {"deep": text(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}")}, "deeper than 64"),
+    *bad("C13", "CONFIG", 3, {"1000 deep": text(b'{"x":' + b"[" * 1000 + b"]" * 1000 + b"}")}, "deeper than 64"),
+    *bad("C13", "CONFIG", 3, {"deep": text(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}")}, "100001 brackets"),
+    *bad("C13", "CONFIG", 3, {"wide": text(b'{"x":[' + b"[]," * 120_000 + b"1]}")}, "120002 brackets"),
 ]
 
 
@@ -341,9 +343,10 @@ def test_a_key_that_the_user_answers_for_is_noted(
 ) -> None:
     folder = shutil.copytree(text_model[0], tmp_path / "m")
     reconfigure(folder, sparkle=3, twist="x")
-    for ignore in (["twist", "sparkle"], ("sparkle", "twist", "absent")):
-        (note,) = LLM(folder, ignore_config_keys=ignore).model.notes
-        assert "sparkle, twist" in note
+    (note,) = LLM(folder, ignore_config_keys=["twist", "sparkle"]).model.notes
+    assert "sparkle, twist" in note
+    absent, ignored = sorted(LLM(folder, ignore_config_keys=("sparkle", "twist", "absent")).model.notes)
+    assert "absent" in absent and "sparkle, twist" in ignored
     assert run(["generate", str(folder), "the cat", "--ignore-config-keys", "twist, sparkle"]) == 0
     capsys.readouterr()
     for wrong in ("sparkle", None, [3]):

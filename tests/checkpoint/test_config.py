@@ -150,9 +150,19 @@ def test_an_unknown_architecture_is_refused_with_those_supported(read: Read, val
     assert "llama" in message or value == "x" * 100_000
 
 
-@pytest.mark.parametrize("value", [{}, {"quant_method": "awq"}, [], "x"])
+@pytest.mark.parametrize("value", [{"quant_method": "awq"}, [1], "x", True])
 def test_what_cannot_be_honoured_is_refused_by_name(read: Read, value: Any) -> None:
     assert "quantization_config" in refused(lambda: read(quantization_config=value))
+
+
+@pytest.mark.parametrize("value", [{}, [], False])
+def test_a_quantisation_that_is_off_needs_no_word(read: Read, value: Any) -> None:
+    assert read(quantization_config=value).notes == ()
+
+
+@pytest.mark.parametrize("key", ["unsloth_version", "axolotl_config", "transformers.js_config", "resid_pdrop"])
+def test_stamps_of_other_programs_need_no_word(read: Read, key: str) -> None:
+    assert read(**{key: "1"}).notes == ()
 
 
 def test_code_of_a_checkpoint_is_noted_and_never_run(make_llama: Make, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pyruntime import LLM, SamplingParams, UsageError, env
+from pyruntime import LLM, CheckpointError, SamplingParams, UsageError, env
 from pyruntime.cli.main import run
 from pyruntime.engine.load import EngineSizes, load
+from tests.checkpoint.craft import rewrite
 from tests.generation import greedy, tokens
 
 TextModel = tuple[Path, Any]
@@ -183,3 +184,24 @@ def test_plain_params_run_behind_a_prompt_that_leaves_one_place(text_model: Text
     (output,) = LLM(text_model[0]).generate(prompt, SamplingParams(temperature=0.0, ignore_eos=True), use_tqdm=False)
     assert tokens(output) == greedy(text_model[1], prompt, 1)
     assert output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("dtype, value", [("float16", 1e6), ("bfloat16", 3.4e38)])
+def test_a_weight_that_the_dtype_asked_for_cannot_hold_is_refused(
+    text_model: TextModel, tmp_path: Path, dtype: str, value: float
+) -> None:
+    """float16 ends at 65504; 3.4e38 rounds beyond bfloat16's last number, which is 3.39e38."""
+    folder = shutil.copytree(text_model[0], tmp_path / "m")
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors[name].__setitem__((2, 3), value))
+    with pytest.raises(CheckpointError, match=rf"{name}: 1 of 1792 .* as {dtype}, first \[2, 3\]") as caught:
+        load(folder, dtype=dtype)
+    assert caught.value.code == "NOT_FINITE"
+    load(folder, dtype="float32")
+    load(folder, dtype=dtype, check_weights=False)
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", [True]])
+def test_check_weights_is_true_or_false(text_model: TextModel, value: Any) -> None:
+    with pytest.raises(UsageError, match="check_weights"):
+        load(text_model[0], check_weights=value)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from pyruntime.engine.tokenizer import MAX_FILE_BYTES, Tokenizer
+from pyruntime.checkpoint import strict_json
+from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.errors import CheckpointError, UsageError
 
 TEXTS = [
@@ -196,12 +197,26 @@ def test_token_to_text_is_what_a_token_adds(tokenizer: Tokenizer) -> None:
     assert tokenizer.byte_fallback_ids == frozenset()
 
 
-def test_check_vocab(tokenizer: Tokenizer) -> None:
+def test_check_vocab(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer.check_vocab(tokenizer.vocab_size)
-    with pytest.raises(CheckpointError, match=rf"ids up to {tokenizer.vocab_size - 1}, the model has ids 0 to"):
-        tokenizer.check_vocab(tokenizer.vocab_size - 1)
+    assert caplog.text == ""
     with pytest.raises(CheckpointError, match=r"eos_token '</s>' has id 2; the model has ids 0 to 1"):
         tokenizer.check_vocab(2)
+    with pytest.raises(CheckpointError, match=r"the embedding ids 0 to 9; this tokenizer belongs to another model"):
+        tokenizer.check_vocab(10)
+
+
+def test_added_tokens_beyond_the_embedding_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Tokens that were added for training, often for padding, stand in the tokenizers of published models."""
+    folder = write_folder(tmp_path, FAST)
+    size = Tokenizer(folder).vocab_size
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {str(size): {"content": "<pad-of-training>"}}})
+    )
+    tokenizer = Tokenizer(folder)
+    tokenizer.check_vocab(size)
+    assert f"ids up to {size}" in caplog.text and f"0 to {size - 1}" in caplog.text
+    assert tokenizer.encode("<pad-of-training>", add_special_tokens=False) == [size]
 
 
 # files
@@ -231,12 +246,48 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         refused(tmp_path, r"tokenizer\.json")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_file_above_the_limit_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name, limit",
+    [("tokenizer.json", 64 << 20), ("tokenizer_config.json", 8 << 20), ("special_tokens_map.json", 8 << 20)],
+)
+def test_a_file_above_the_limit_is_refused(tmp_path: Path, name: str, limit: int) -> None:
     folder = write_folder(tmp_path, FAST)
     with (folder / name).open("wb") as file:
-        file.truncate(MAX_FILE_BYTES + 1)
-    refused(folder, f"at most {MAX_FILE_BYTES} are read")
+        file.truncate(limit + 1)
+    refused(folder, f"at most {limit} are read")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_file_of_more_items_than_any_needs_is_refused_unparsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Megabytes of brackets would become gigabytes of lists."""
+    folder = write_folder(tmp_path, FAST)
+    # the map is read where the configuration lists no tokens
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / name).write_text('{"x": [' + "[]," * 200_000 + "1]}")
+    walk = strict_json.nesting
+    monkeypatch.setattr(
+        strict_json,
+        "nesting",
+        lambda text, limit: pytest.fail("the text was walked") if len(text) > 100_000 else walk(text, limit),
+    )
+    refused(folder, "200002 brackets")
+
+
+@pytest.mark.parametrize("key", ["9" * 5000, "\u0663", "99999999999999999999", "-1", "1.0", ""])
+def test_an_added_token_without_a_sound_id_is_refused(tmp_path: Path, key: str) -> None:
+    folder = write_folder(tmp_path, FAST)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {key: {"content": "<x>"}}}))
+    refused(folder, "added_tokens_decoder")
+
+
+def test_an_added_token_at_another_id_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_folder(tmp_path, FAST)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"99999": {"content": "<x>"}}}))
+    tokenizer = Tokenizer(folder)
+    assert "99999" in caplog.text and "<x>" in caplog.text
+    assert tokenizer.token_piece(99999) is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', "[" * 100_000, "\x00"])
