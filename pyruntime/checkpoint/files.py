@@ -13,12 +13,23 @@ from pyruntime.errors import CheckpointError, RunError
 
 # a FIFO must not hang the reader
 _FLAGS: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_WHOLE: Final = "get the whole checkpoint"
+_ADVICE: Final = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files",
+    errno.EACCES: "see to the permissions",
+    errno.EPERM: "see to the permissions",
+    errno.ENOSPC: "see to the disk",
+    errno.EIO: "see to the disk",
+}
 
 
 def io_error(what: str, error: OSError) -> RunError:
-    """RunError IO: what failed and the system's name for the reason, such as EIO."""
-    name = errno.errorcode.get(error.errno or 0, type(error).__name__)
-    return RunError("IO", f"{what}: {name} ({error.strerror or error}); see to the disk or the permissions")
+    """RunError IO: what failed, the system's name for the reason, such as EIO, and what to see to."""
+    number = error.errno or 0
+    name = errno.errorcode.get(number, type(error).__name__)
+    advice = _ADVICE.get(number, "see to the disk or the permissions")
+    return RunError("IO", f"{what}: {name} ({error.strerror or error}); {advice}")
 
 
 def is_bare_name(name: Any) -> bool:
@@ -60,7 +71,12 @@ def missing(path: Path, code: str, message: str) -> CheckpointError | RunError:
 
 def open_file(path: Path, code: str) -> int:
     """A descriptor of the regular file `path`; links are followed. Raises CheckpointError `code` or OSError."""
-    return _regular(os.open(path, _FLAGS), path, code)
+    try:
+        return _regular(os.open(path, _FLAGS), path, code)
+    except FileNotFoundError:
+        if is_there(path):
+            raise CheckpointError(code, f"{path.name}: is a link to nothing; {_WHOLE}") from None
+        raise
 
 
 def open_weights(folder: Path, name: str) -> int:
@@ -81,7 +97,8 @@ def open_weights(folder: Path, name: str) -> int:
         finally:
             os.close(folder_fd)
     except FileNotFoundError:
-        raise missing(path, "SHARD_MISSING", f"{name} is missing in {folder}; get the whole checkpoint") from None
+        found = "is a link to nothing" if is_there(path) else "is missing"
+        raise missing(path, "SHARD_MISSING", f"{name} {found} in {folder}; {_WHOLE}") from None
     except OSError as error:
         # a link to itself, a socket
         if error.errno in (errno.ELOOP, errno.ENXIO):
@@ -98,14 +115,16 @@ def _regular(fd: int, path: Path, code: str) -> int:
 
 
 def _link_target(folder: Path, path: Path) -> str:
-    """Where the link `path` leads: into the folder, its repository in the Hub's cache, or what the operator allows."""
+    """Where the link `path` leads: into the folder, the blobs of the Hub's cache, or what the operator allows."""
     root = Path(os.path.realpath(folder))
-    if root.parent.name == "snapshots":
-        # snapshots link to ../../blobs
-        root = root.parent.parent
+    allowed = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        # not where blobs leads, should it be a link itself
+        allowed.append(root.parent.parent / "blobs")
+    if (said := env.link_root()) is not None:
+        allowed.append(Path(os.path.realpath(said)))
     # not Path.resolve: it raises RuntimeError for a link to itself, which open refuses in its own way
     target = os.path.realpath(path)
-    allowed = [root, *(Path(os.path.realpath(each)) for each in [env.link_root()] if each is not None)]
     if not any(Path(target).is_relative_to(each) for each in allowed):
         raise CheckpointError(
             "SHARD_PATH",

@@ -13,10 +13,11 @@ from pyruntime.checkpoint.files import io_error, is_bare_name, is_there, listed,
 from pyruntime.checkpoint.header import TensorInfo, read_header
 from pyruntime.checkpoint.strict_json import read_object
 from pyruntime.checkpoint.weight import Shard
-from pyruntime.errors import CheckpointError, UsageError
+from pyruntime.errors import CheckpointError, RunError, UsageError
 
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
+_ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors")
 _UNSAFE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf")
 PREFERENCES: Final = ("single", "index")
 
@@ -65,14 +66,18 @@ def open_tensors(folder: Path, options: ReadOptions = ReadOptions()) -> dict[str
         return _open_single(folder, alone=not index)
     if index:
         return _open_indexed(folder)
-    found = [name for name in listed(folder) if name.endswith(_UNSAFE_SUFFIXES)]
-    if found:
-        raise CheckpointError(
-            "UNSUPPORTED_FORMAT", f"{folder}: holds only {found[0]}; expected safetensors, convert the checkpoint first"
-        )
-    raise missing(
-        folder / _SINGLE, "SHARD_MISSING", f"{folder}: holds no {_SINGLE} and no {_INDEX}; get the whole checkpoint"
-    )
+    raise _no_weights(folder)
+
+
+def shard_names(folder: Path) -> frozenset[str]:
+    """Names of the shards in the index of `folder`; none without an index, or with one that `open_tensors` refuses.
+
+    Raises RunError IO.
+    """
+    try:
+        return frozenset(_weight_map(_read_index(folder)).values())
+    except CheckpointError:
+        return frozenset()
 
 
 def unread_files(folder: Path, stored: Iterable[StoredTensor]) -> tuple[str, ...]:
@@ -85,6 +90,28 @@ def unread_files(folder: Path, stored: Iterable[StoredTensor]) -> tuple[str, ...
     return (f"weight files that are not part of the model are not read: {shown}{', ...' if unread[10:] else ''}",)
 
 
+def _no_weights(folder: Path) -> CheckpointError | RunError:
+    """The error for a folder with neither the one file nor an index: what is there instead, and what to do."""
+    names = listed(folder)
+    weights = [name for name in names if name.endswith(".safetensors")]
+    shards = fnmatch.filter(weights, "*-of-*.safetensors")
+    others = [name for name in names if name.endswith(_UNSAFE_SUFFIXES)]
+    if adapter := [name for name in names if name in _ADAPTER]:
+        found = f"holds only an adapter ({adapter[-1]}); merge it into its base model and save the result"
+    elif shards:
+        found = f"holds shards, first {shards[0][:80]!r}, and no index; get {_INDEX} too"
+    elif "consolidated.safetensors" in weights:
+        found = "holds only consolidated.safetensors; get the checkpoint in the layout of transformers"
+    elif weights:
+        found = f"holds {weights[0][:80]!r} and no {_SINGLE}; rename it to {_SINGLE} if it is the whole model"
+    elif others:
+        found = f"holds only {others[0]}; expected safetensors, convert the checkpoint first"
+        return CheckpointError("UNSUPPORTED_FORMAT", f"{folder}: {found}")
+    else:
+        found = f"holds no {_SINGLE} and no {_INDEX}; get the whole checkpoint"
+    return missing(folder / _SINGLE, "SHARD_MISSING", f"{folder}: {found}")
+
+
 def _open_single(folder: Path, *, alone: bool) -> dict[str, StoredTensor]:
     shard, tensors = _open_shard(folder, _SINGLE)
     if alone:
@@ -94,7 +121,7 @@ def _open_single(folder: Path, *, alone: bool) -> dict[str, StoredTensor]:
 
 
 def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
-    index = read_object(folder / _INDEX, "SHARD_CONTENT", env.max_header_bytes())
+    index = _read_index(folder)
     weight_map = _weight_map(index)
     files = sorted(set(weight_map.values()))
     tensors: dict[str, StoredTensor] = {}
@@ -118,6 +145,10 @@ def _open_indexed(folder: Path) -> dict[str, StoredTensor]:
     _check_unlisted(folder, "model*.safetensors", {_SINGLE, *files}, f"{_INDEX} does not list it")
     _check_total(index.get("metadata"), sum(tensor.info.num_bytes for tensor in tensors.values()))
     return tensors
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    return read_object(folder / _INDEX, "SHARD_CONTENT", env.max_header_bytes())
 
 
 def _weight_map(index: dict[str, Any]) -> dict[str, str]:
@@ -150,7 +181,8 @@ def _check_total(metadata: Any, num_bytes: int) -> None:
     if total is not None and (isinstance(total, bool) or total != num_bytes):
         raise CheckpointError(
             "SHARD_SIZE",
-            f"{_INDEX}: total_size is {str(total)[:80]}; the tensors have {num_bytes}; get index and shards again",
+            f"{_INDEX}: total_size is {str(total)[:80]}; the tensors have {num_bytes}; get index and shards again, or "
+            "correct or remove metadata.total_size where the publisher's index is wrong",
         )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pyruntime.checkpoint.atomic import check_writable, write_text
 from pyruntime.checkpoint.files import io_error, is_bare_name, is_there, listed, open_weights
+from pyruntime.checkpoint.folder import shard_names
 from pyruntime.checkpoint.header import header_bytes
-from pyruntime.checkpoint.hub import PATTERNS
+from pyruntime.checkpoint.hub import is_fetched
 from pyruntime.checkpoint.strict_json import read_object
 from pyruntime.errors import CheckpointError
 
@@ -21,7 +23,10 @@ _FORMAT: Final = "pyruntime-manifest"
 _VERSION: Final = 1
 _CHUNK_BYTES: Final = 1 << 22
 _HEX: Final = frozenset("0123456789abcdef")
-_FIX: Final = "get the file again, or write a new manifest if the change was meant"
+_WRITE: Final = "write it with pyruntime verify FOLDER --write"
+_FIX: Final = f"get the file again, or if the change was meant, remove {MANIFEST} and {_WRITE}"
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +38,38 @@ class Entry:
     header_sha256: str | None
 
 
-def make_manifest(folder: Path, made: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of the files in `folder` that pyruntime reads, or would not pass over; `made` says whence they are.
+def make_manifest(folder: Path, made: Mapping[str, Any], progress: Progress | None = None) -> dict[str, Any]:
+    """The manifest of the files in `folder` that belong to the model; `made` says whence they are.
 
-    Raises CheckpointError for a weight file with a bad header, RunError IO.
+    `progress` is called with (bytes read, bytes in all). Raises CheckpointError for a weight file with a bad header or
+    a link that leads away, RunError IO.
     """
-    files = {}
-    for name in listed(folder):
-        # what is not fetched from the Hub would be missing there
-        kind = any(fnmatch.fnmatchcase(name, pattern) for pattern in (*PATTERNS, "*.safetensors"))
-        if kind and is_bare_name(name) and name != MANIFEST and (folder / name).is_file():
-            with _Open(folder, name) as file:
-                files[name] = {"bytes": file.num_bytes, "sha256": file.sha256()}
-                if name.endswith(".safetensors"):
-                    files[name]["header_sha256"] = file.header_sha256()
+    names, files, total = _names(folder, shard_names(folder)), {}, 0
+    for name in names:
+        with _Open(folder, name) as file:
+            total += file.num_bytes
+    count = _counter(total, progress)
+    for name in names:
+        with _Open(folder, name) as file:
+            files[name] = {"bytes": file.num_bytes, "sha256": file.sha256(count)}
+            if name.endswith(".safetensors"):
+                files[name]["header_sha256"] = file.header_sha256()
     return {"format": _FORMAT, "version": _VERSION, "files": files, "made": dict(made)}
+
+
+def write_manifest(folder: Path, made: Mapping[str, Any], progress: Progress | None = None) -> dict[str, Entry]:
+    """Write the manifest of `folder`, which must have none, whole or not at all; what it lists.
+
+    Raises CheckpointError MANIFEST, or as `make_manifest`.
+    """
+    if is_there(folder / MANIFEST):
+        raise CheckpointError("MANIFEST", f"{folder}: holds {MANIFEST} already; remove it first to write it anew")
+    check_writable(folder / MANIFEST)
+    whole = make_manifest(folder, made, progress)
+    if not whole["files"]:
+        raise CheckpointError("MANIFEST", f"{folder}: holds no file of a model; expected config.json and weights")
+    write_text(folder / MANIFEST, json.dumps(whole, indent=1) + "\n")
+    return read_manifest(folder)
 
 
 def check_manifest(folder: Path) -> None:
@@ -59,21 +81,13 @@ def check_manifest(folder: Path) -> None:
         _check(folder, read_manifest(folder))
 
 
-def verify_manifest(folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, Entry]:
-    """Compare every byte of the listed files with the manifest, which must be there; what it lists.
+def verify_manifest(folder: Path, progress: Progress | None = None) -> dict[str, Entry]:
+    """Compare every byte of the listed files with the manifest, which must be there; what was compared.
 
     `progress` is called with (bytes read, bytes in all). Raises as `check_manifest`.
     """
-    entries = read_manifest(folder)
-    _check(folder, entries)
-    done, total = 0, sum(entry.num_bytes for entry in entries.values())
-
-    def count(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        if progress is not None:
-            progress(done, total)
-
+    entries = _check(folder, read_manifest(folder))
+    count = _counter(sum(entry.num_bytes for entry in entries.values()), progress)
     for name, entry in entries.items():
         with _Open(folder, name) as file:
             _compare(name, "sha256", file.sha256(count), entry.sha256)
@@ -82,6 +96,8 @@ def verify_manifest(folder: Path, progress: Callable[[int, int], None] | None = 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
     """The files that the manifest of `folder` lists. Raises CheckpointError MANIFEST."""
+    if not is_there(folder / MANIFEST):
+        raise CheckpointError("MANIFEST", f"{MANIFEST} is missing in {folder}; {_WRITE}")
     whole = read_object(folder / MANIFEST, "MANIFEST")
     version, files = whole.get("version"), whole.get("files")
     if whole.get("format") != _FORMAT or version != _VERSION or type(version) is not int:
@@ -109,17 +125,32 @@ def _entry(name: str, said: Any) -> Entry:
 
 
 def _bad(found: str, expected: str) -> CheckpointError:
-    return CheckpointError("MANIFEST", f"{MANIFEST}: has {found}; expected {expected}; write it anew or remove it")
+    return CheckpointError(
+        "MANIFEST", f"{MANIFEST}: has {found}; expected {expected}; get it again, or remove it and {_WRITE}"
+    )
 
 
-def _check(folder: Path, entries: Mapping[str, Entry]) -> None:
-    for name in listed(folder):
-        if name.endswith(".safetensors") and name not in entries:
+def _names(folder: Path, shards: Collection[str]) -> list[str]:
+    """Names of the files in `folder` that a manifest lists: what a copy from the Hub has too."""
+    return [
+        name
+        for name in listed(folder)
+        if name != MANIFEST and is_fetched(name, shards) and os.path.isfile(folder / name)
+    ]
+
+
+def _check(folder: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries whose file is there, sizes and headers compared."""
+    shards = shard_names(folder)
+    for name in _names(folder, shards):
+        if name not in entries:
             raise CheckpointError(
                 "MANIFEST_MISMATCH",
                 f"{folder}: holds {name[:80]!r}, which {MANIFEST} does not list; remove it, or {_FIX}",
             )
-    for name, entry in entries.items():
+    # what is not fetched, such as a README, is missing in a copy from the Hub
+    there = {name: entry for name, entry in entries.items() if is_fetched(name, shards) or is_there(folder / name)}
+    for name, entry in there.items():
         if not is_there(folder / name):
             raise CheckpointError(
                 "MANIFEST_MISMATCH", f"{name} is missing; {MANIFEST} lists it with {entry.num_bytes} bytes; {_FIX}"
@@ -128,6 +159,19 @@ def _check(folder: Path, entries: Mapping[str, Entry]) -> None:
             _compare(name, "size", file.num_bytes, entry.num_bytes)
             if entry.header_sha256 is not None:
                 _compare(name, "header sha256", file.header_sha256(), entry.header_sha256)
+    return there
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    return count
 
 
 def _compare(name: str, what: str, found: object, expected: object) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from tests.checkpoint.craft import (
     INDEX,
     SINGLE,
+    Bad,
     header_entry,
     meanwhile,
     pack,
@@ -26,6 +27,19 @@ from tests.checkpoint.craft import (
 )
 
 Harm = Callable[[Path, pytest.MonkeyPatch], object]
+
+
+def bad(row: str, code: str, exit_code: int, cases: dict[str, Harm], *words: str, **more: Any) -> list[Bad]:
+    """Cases of one row that are refused alike; `more` are fields of `Bad`."""
+    return [Bad(row, what, harm, code, exit_code, words, **more) for what, harm in cases.items()]
+
+
+def check_rows(cases: Sequence[Bad], letter: str, last: int, legal: str) -> None:
+    """Every row from 1 to `last` has a case, but for the one of what is legal, and no case stands twice."""
+    assert {each.row for each in cases} | {legal} == {f"{letter}{number:02}" for number in range(1, last + 1)}
+    assert len({str(each) for each in cases}) == len(cases)
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 UP = "model.layers.2.mlp.up_proj.weight"
 MLPS = [f"model.layers.{i}.mlp.{part}_proj.weight" for i in range(4) for part in ("down", "gate", "up")]

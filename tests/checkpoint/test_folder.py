@@ -162,6 +162,32 @@ def test_a_link_out_of_the_hub_cache_is_refused(tmp_path: Path) -> None:
     refused(snapshot, "SHARD_PATH")
 
 
+@pytest.mark.parametrize("place", ["trick/snapshots/evil", "models--owner--name/snapshots/evil"])
+def test_only_the_blobs_of_a_hub_cache_may_be_linked_to(tmp_path: Path, place: str) -> None:
+    """Any folder can lie in one that is called snapshots."""
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    save_file({"x": X}, folder.parents[1] / "secret.safetensors")
+    (folder / SINGLE).symlink_to("../../secret.safetensors")
+    refused(folder, "SHARD_PATH")
+    blobs = folder.parents[1] / "blobs"
+    blobs.mkdir()
+    (folder.parents[1] / "secret.safetensors").rename(blobs / "secret.safetensors")
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to("../../blobs/secret.safetensors")
+    if place.startswith("models--"):
+        assert open_tensors(folder).keys() == {"x"}
+    else:
+        refused(folder, "SHARD_PATH")
+
+
+def test_blobs_that_are_a_link_themselves_lead_nowhere(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    (snapshot.parents[1] / "blobs").rename(tmp_path / "elsewhere")
+    (snapshot.parents[1] / "blobs").symlink_to(tmp_path / "elsewhere")
+    refused(snapshot, "SHARD_PATH")
+
+
 def test_a_chain_of_links_is_judged_by_its_end(tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path)
     blob = (snapshot / FIRST).resolve()
@@ -214,7 +240,18 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / SECOND).unlink()
     assert SECOND in refused(tmp_path, "SHARD_MISSING")
     (tmp_path / SECOND).symlink_to("nowhere.safetensors")
-    assert SECOND in refused(tmp_path, "SHARD_MISSING")
+    message = refused(tmp_path, "SHARD_MISSING")
+    assert SECOND in message and "a link to nothing" in message
+
+
+def test_a_wrong_sum_of_the_publisher_can_be_taken_out(tmp_path: Path) -> None:
+    write_shards(tmp_path, {FIRST: {"x": X}, SECOND: {"y": Y}})
+    right = {"x": FIRST, "y": SECOND}
+    write_index(tmp_path, right, metadata={"total_size": 1})
+    message = refused(tmp_path, "SHARD_SIZE")
+    assert str(X.nbytes + Y.nbytes) in message and "remove metadata.total_size" in message
+    write_index(tmp_path, right, metadata={})
+    assert open_tensors(tmp_path).keys() == {"x", "y"}
 
 
 MAPS: dict[str, tuple[dict[str, str], str]] = {
@@ -299,6 +336,23 @@ def test_other_formats_beside_safetensors_are_no_obstacle(tmp_path: Path) -> Non
 
 def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
     assert SINGLE in refused(tmp_path, "SHARD_MISSING")
+
+
+INSTEAD = {
+    ("adapter_model.safetensors", "training_args.bin"): "merge it into its base model",
+    ("adapter_config.json",): "merge it into its base model",
+    (FIRST, SECOND): f"get {INDEX} too",
+    ("consolidated.safetensors",): "layout of transformers",
+    ("model.fp16.safetensors", "optimizer.pt"): f"rename it to {SINGLE}",
+}
+
+
+@pytest.mark.parametrize("names", INSTEAD, ids=str)
+def test_weights_of_another_kind_are_named_with_what_to_do(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    message = refused(tmp_path, "SHARD_MISSING")
+    assert names[0] in message and INSTEAD[names] in message
 
 
 def test_a_file_that_shrinks_after_the_check_is_truncated(tmp_path: Path) -> None:

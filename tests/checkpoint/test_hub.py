@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from pyruntime.checkpoint import resolve_model
 from pyruntime.errors import PyruntimeError, RunError, UsageError
+from tests.checkpoint.craft import write_index
 
 # the HTTP client that this huggingface_hub uses; its name differs between releases
 http: Any = importlib.import_module(HTTPError.__module__.partition(".")[0])
@@ -119,6 +120,45 @@ def test_nothing_that_could_be_executed_is_asked_for(cache: Path, monkeypatch: p
     taken = set(filter_repo_objects(repository, allow_patterns=asked[0]["allow_patterns"]))
     assert taken == {name for name, wanted in repository.items() if wanted}
     assert asked[0]["repo_id"] == "owner/name"
+
+
+def test_shards_under_other_names_are_fetched_by_the_same_commit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = put(cache, "owner/name")
+    shards = [f"pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    write_index(snapshot, {"x": shards[0], "y": shards[1], "z": shards[0]})
+    stored = {*shards, "consolidated.safetensors", "pytorch_model-00001-of-00002.bin"}
+    asked: list[str | None] = []
+
+    def fetch(_: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(revision)
+        for name in filter_repo_objects(stored, allow_patterns=allow_patterns):
+            (snapshot / name).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    for _ in range(2):
+        assert resolve_model("owner/name", "main") == snapshot
+    assert stored & set(os.listdir(snapshot)) == set(shards)
+    # a branch may move in between; what is there is not asked for again
+    assert asked == ["main", COMMIT, "main"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "x.bin", ".x.safetensors", "sub/x.safetensors", "*.safetensors", 5]
+)
+def test_an_index_cannot_have_anything_else_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
+    snapshot = put(cache, "owner/name")
+    write_index(snapshot, {"x": name})
+    stored = {"x.bin", ".x.safetensors", "x.safetensors", "sub/x.safetensors"}
+    taken: set[str] = set()
+
+    def fetch(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+        taken.update(filter_repo_objects(stored, allow_patterns=allow_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve_model("owner/name") == snapshot
+    assert taken == set()
 
 
 BAD_NAMES = [

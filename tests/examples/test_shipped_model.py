@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyruntime.cli.main import run
 from pyruntime.engine.load import DropOptions, load
 from pyruntime.evaluate import perplexity, windows
 
@@ -22,6 +23,11 @@ def test_it_is_a_deep_grouped_query_llama_of_at_most_12_megabytes() -> None:
     assert len(spec.layers) >= 12
     assert all(attention.num_kv_heads < attention.num_heads for _, attention in spec.attentions())
     assert (MODEL / "model.safetensors").stat().st_size <= 12_000_000
+
+
+def test_it_is_as_its_manifest_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(MODEL)]) == 0
+    assert capsys.readouterr().out.startswith("OK: ")
 
 
 def test_held_out_bits_per_byte_are_those_of_transformers_and_under_the_bar() -> None:

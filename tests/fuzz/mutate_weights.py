@@ -238,7 +238,7 @@ def _manifest(rng: Random, files: dict[str, Content]) -> bytes:
             whole = content.start().ljust(content.num_bytes, b"\0")
             header = hashlib.sha256(content.start()[: 8 + len(content.header)]).hexdigest()
             listed[name] = {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest(), "header_sha256": header}
-        elif isinstance(content, bytes) and name == CONFIG:
+        elif isinstance(content, bytes) and name in (CONFIG, INDEX):
             listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {"format": "pyruntime-manifest", "version": 1, "files": listed, "made": {}}
     for _ in range(rng.randrange(3)):
