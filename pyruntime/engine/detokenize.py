@@ -6,6 +6,7 @@ waits for ever behind a row of them, and it knows neither stop strings nor the p
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Final
@@ -56,31 +57,38 @@ class IncrementalDetokenizer:
         # characters of the decoded window that are behind us
         self._num_read = 0
         self._stops = _StopFinder(stop, include_stop)
-        self._released: list[str] = []
+        self._text = ""
+        # text behind it that may be the start of a stop string
+        self._held = ""
         self._num_taken = 0
         self._finished = False
+
+    def copy(self) -> IncrementalDetokenizer:
+        """Another one for the same sequence: tokens pushed into one of the two do not reach the other."""
+        # enough because what an attribute holds is replaced, never changed
+        return copy.copy(self)
 
     @property
     def text(self) -> str:
         """All text released so far."""
-        if len(self._released) > 1:
-            self._released = ["".join(self._released)]
-        return self._released[0] if self._released else ""
+        return self._text
 
     def take(self) -> str:
         """The text released since the last call."""
-        text = self.text
-        fresh = text[self._num_taken :]
-        self._num_taken = len(text)
+        fresh = self._text[self._num_taken :]
+        self._num_taken = len(self._text)
         return fresh
 
     def push(self, token_id: int) -> str | None:
-        """Adds one output token; the stop string that is now complete, or None. Nothing may be pushed after that."""
+        """Adds one output token; the stop string that is now complete, or None. Nothing may be pushed after that.
+
+        Nor where the tokenizer raised: push into a copy whatever must be pushed again then.
+        """
         assert not self._finished, "a token was pushed after the end"
         self._num_tokens += 1
         fresh = ""
         if self._has_text(token_id):
-            self._window.append(token_id)
+            self._window = [*self._window, token_id]
             if token_id not in self._byte_ids:
                 fresh = self._read(self._decode(self._window), final=False)
                 self._shorten()
@@ -93,14 +101,14 @@ class IncrementalDetokenizer:
         fresh = self._read(self._decode(self._window), final=True)
         stop = self._release(fresh)
         if stop is None:
-            self._released.append(self._stops.flush())
+            self._text, self._held = self._text + self._held, ""
         self._finished = True
         return stop
 
     def _release(self, fresh: str) -> str | None:
-        text, stop = self._stops.feed(fresh, counts=self._num_tokens > self._min_tokens)
-        if text:
-            self._released.append(text)
+        counts = self._num_tokens > self._min_tokens
+        released, self._held, stop = self._stops.find(self._held, fresh, counts)
+        self._text += released
         self._finished = stop is not None
         return stop
 
@@ -151,33 +159,25 @@ def _common_length(left: str, right: str) -> int:
 
 
 class _StopFinder:
-    """Passes text through, up to the first stop string, keeping back an end that may be the start of one."""
+    """Says how far text may be released: up to the first stop string, or to an end that may be the start of one."""
 
     def __init__(self, stops: tuple[str, ...], include_stop: bool) -> None:
         # longest first: of two that end at the same place the longer is taken
         self._stops = sorted(stops, key=len, reverse=True)
         self._longest = max(map(len, stops), default=0)
         self._include_stop = include_stop
-        self._held = ""
 
-    def feed(self, fresh: str, counts: bool) -> tuple[str, str | None]:
-        """Text to release, and the stop string that ends in `fresh`, if it may count."""
+    def find(self, held: str, fresh: str, counts: bool) -> tuple[str, str, str | None]:
+        """Of `held` and `fresh` what to release, what to hold, and the stop string that ends in `fresh`, if it may."""
         if not self._stops or not fresh:
-            return fresh, None
-        held, num_old = self._held + fresh, len(self._held)
-        found = self._first(held, num_old) if counts else None
+            return fresh, held, None
+        text = held + fresh
+        found = self._first(text, len(held)) if counts else None
         if found is not None:
             end, stop = found
-            self._held = ""
-            return held[: end if self._include_stop else end - len(stop)], stop
-        keep = self._start_of_stop(held)
-        self._held = held[keep:]
-        return held[:keep], None
-
-    def flush(self) -> str:
-        """What was kept back; no more will come."""
-        held, self._held = self._held, ""
-        return held
+            return text[: end if self._include_stop else end - len(stop)], "", stop
+        keep = self._start_of_stop(text)
+        return text[:keep], text[keep:], None
 
     def _first(self, held: str, num_old: int) -> tuple[int, str] | None:
         best: tuple[int, str] | None = None

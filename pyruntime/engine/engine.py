@@ -13,6 +13,7 @@ from pyruntime.engine.cache import PageAllocator
 from pyruntime.engine.detokenize import IncrementalDetokenizer
 from pyruntime.engine.params import SamplingParams
 from pyruntime.engine.request import (
+    Advance,
     FinishReason,
     Logprob,
     Logprobs,
@@ -64,6 +65,8 @@ class Engine:
         # the reference elsewhere: it also samples float64, and where the logits are
         self._native = sample_native.NativeSampler(plan.vocab_size) if plan.program is not None else None
         self._requests: dict[str, _Request] = {}
+        # those that advanced since their last output, in that order
+        self._untold: dict[str, None] = {}
         self._num_added = 0
 
     @property
@@ -117,13 +120,20 @@ class Engine:
             self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now; its output so far, or None if there is no such request (any more)."""
+        """End a request now; its output so far, or None if there is no such request (any more).
+
+        Where the output cannot be made, memory being short, the request is ended nevertheless.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return None
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                self._finish(sequence, FinishReason.ABORT, None)
+        running = [sequence for sequence in request.sequences if sequence.finish_reason is None]
+        for sequence in running:
+            self._end(sequence, FinishReason.ABORT, None)
+        self._forget(request_id)
+        for sequence in running:
+            if sequence.detokenizer is not None:
+                sequence.detokenizer.finish()
         return self._output(request)
 
     def unfinished(self) -> Iterator[str]:
@@ -133,11 +143,22 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one step; the outputs of the requests that it advanced.
 
-        Where the plan or the sampler raises, memory being short, no request has changed: the next step repeats it.
+        Where the plan, the sampler or the tokenizer raises, memory being short, no request has advanced: the next step
+        computes the same. Where an output cannot be made, the next step's outputs are those of both.
         """
         chunks = self._scheduler.schedule()
-        if not chunks:
-            return []
+        # all of them before one sequence changes
+        advances = self._compute(chunks) if chunks else []
+        for chunk, advance in zip(chunks, advances, strict=True):
+            self._commit(chunk, advance)
+        outputs = [self._output(self._requests[request_id]) for request_id in self._untold]
+        self._untold.clear()
+        for output in outputs:
+            if output.finished:
+                self._forget(output.request_id)
+        return outputs
+
+    def _compute(self, chunks: Sequence[Chunk[RunningSequence]]) -> list[Advance]:
         slices = [_slice(chunk) for chunk in chunks]
         logits = self.plan.run(make_step(slices, self._cache, self.plan.device))
         ends = list(itertools.accumulate(len(piece.wanted) for piece in slices))
@@ -147,17 +168,22 @@ class Engine:
         ]
         last = [(chunk.sequence, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.last]
         sampled = iter(self._sample(logits, [each for each, _ in last], [row for _, row in last]))
-        for chunk, prompt_results in zip(chunks, scored, strict=True):
-            chunk.sequence.num_computed += chunk.length
-            self._add_prompt_logprobs(chunk.sequence, prompt_results)
-            result = next(sampled) if chunk.last else None
-            # the prompt's own logits may have ended the sequence
-            if result is not None and chunk.sequence.finish_reason is None:
-                self._advance(chunk.sequence, result)
-        advanced = dict.fromkeys(
-            chunk.sequence.request_id for chunk in chunks if chunk.last or chunk.sequence.finish_reason
-        )
-        return [self._output(self._requests[request_id]) for request_id in advanced]
+        return [
+            self._advance(chunk, results, next(sampled) if chunk.last else None)
+            for chunk, results in zip(chunks, scored, strict=True)
+        ]
+
+    def _commit(self, chunk: Chunk[RunningSequence], advance: Advance) -> None:
+        sequence = chunk.sequence
+        sequence.advance(advance)
+        if advance.finish_reason is not None:
+            self._end(sequence, advance.finish_reason, advance.stop_reason)
+        if advance.finish_reason is not None or advance.token_id is not None:
+            self._untold[sequence.request_id] = None
+
+    def _forget(self, request_id: str) -> None:
+        del self._requests[request_id]
+        self._untold.pop(request_id, None)
 
     def _checked_prompt(self, prompt_token_ids: Sequence[int]) -> tuple[int, ...]:
         ids = tuple(prompt_token_ids)
@@ -238,34 +264,56 @@ class Engine:
             num_logprobs=params.logprobs,
         )
 
-    def _advance(self, sequence: RunningSequence, result: sample.SampleResult) -> None:
-        token_id = result.token_id
-        if token_id is None:
-            self._finish(sequence, FinishReason.ERROR, result.error)
-            return
-        params = sequence.params
-        sequence.output_token_ids.append(token_id)
-        sequence.first_token_time = sequence.first_token_time or time.monotonic()
-        if params.logprobs is not None:
-            sequence.logprobs.append(self._logprobs(token_id, result))
-            sequence.cumulative_logprob += result.logprob or 0.0
-        ended = token_id in self._eos and not params.ignore_eos
-        enough = len(sequence.output_token_ids) >= params.min_tokens
-        if ended or (token_id in params.stop_ids and enough):
-            # the end-of-sequence token is no text, even where special tokens are shown
-            self._finish(sequence, FinishReason.STOP, None if ended else token_id)
-            return
-        stop = None if sequence.detokenizer is None else sequence.detokenizer.push(token_id)
-        if stop is not None:
-            self._finish(sequence, FinishReason.STOP, stop)
-        elif len(sequence.output_token_ids) >= sequence.max_tokens:
-            self._finish(sequence, FinishReason.LENGTH, None)
+    def _advance(
+        self,
+        chunk: Chunk[RunningSequence],
+        scored: Sequence[sample.SampleResult],
+        sampled: sample.SampleResult | None,
+    ) -> Advance:
+        sequence = chunk.sequence
+        detokenizer = None if sequence.detokenizer is None else sequence.detokenizer.copy()
+        good = [*itertools.takewhile(lambda result: result.error is None, scored)]
+        prompt_logprobs = tuple(map(self._logprobs, _unscored(sequence, len(good)), good))
+        # the prompt's own logits may end the sequence, before its first token
+        results = scored if sampled is None else [*scored, sampled]
+        error = next((result.error for result in results if result.error is not None), None)
+        if error is not None:
+            if detokenizer is not None:
+                detokenizer.finish()
+            return Advance(
+                chunk.length, detokenizer, prompt_logprobs, finish_reason=FinishReason.ERROR, stop_reason=error
+            )
+        if sampled is None or sampled.token_id is None:
+            return Advance(chunk.length, detokenizer, prompt_logprobs)
+        token_id, params = sampled.token_id, sequence.params
+        logprobs = None if params.logprobs is None else self._logprobs(token_id, sampled)
+        ending = self._ending(sequence, token_id, detokenizer)
+        return Advance(chunk.length, detokenizer, prompt_logprobs, token_id, sampled.logprob, logprobs, *ending)
 
-    def _finish(self, sequence: RunningSequence, reason: FinishReason, stop_reason: int | str | None) -> None:
-        found = None if sequence.detokenizer is None else sequence.detokenizer.finish()
-        if found is not None and reason in (FinishReason.STOP, FinishReason.LENGTH):
-            # text that was held back until now has a stop string, and was cut there
-            reason, stop_reason = FinishReason.STOP, found
+    def _ending(
+        self, sequence: RunningSequence, token_id: int, detokenizer: IncrementalDetokenizer | None
+    ) -> tuple[FinishReason | None, int | str | None]:
+        """Whether and why the token ends the sequence; it goes into `detokenizer`, unless it is no text."""
+        params = sequence.params
+        num_tokens = len(sequence.output_token_ids) + 1
+        stop: int | str | None = None
+        if token_id in self._eos and not params.ignore_eos:
+            # the end-of-sequence token is no text, even where special tokens are shown
+            reason = FinishReason.STOP
+        elif token_id in params.stop_ids and num_tokens >= params.min_tokens:
+            reason, stop = FinishReason.STOP, token_id
+        else:
+            stop = None if detokenizer is None else detokenizer.push(token_id)
+            if stop is not None:
+                return FinishReason.STOP, stop
+            if num_tokens < sequence.max_tokens:
+                return None, None
+            reason = FinishReason.LENGTH
+        # text that was held back until now may have a stop string, and is cut there
+        found = None if detokenizer is None else detokenizer.finish()
+        return (reason, stop) if found is None else (FinishReason.STOP, found)
+
+    def _end(self, sequence: RunningSequence, reason: FinishReason, stop_reason: int | str | None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         self._scheduler.remove(sequence)
         request = self._requests[sequence.request_id]
@@ -280,13 +328,6 @@ class Engine:
         score = sample.token_logprobs if self._native is None else self._native.token_logprobs
         return score(rows[: len(next_ids)], next_ids, sequence.params.prompt_logprobs)
 
-    def _add_prompt_logprobs(self, sequence: RunningSequence, results: Sequence[sample.SampleResult]) -> None:
-        for token_id, result in zip(_unscored(sequence, len(results)), results, strict=True):
-            if result.error is not None:
-                self._finish(sequence, FinishReason.ERROR, result.error)
-                return
-            sequence.prompt_logprobs.append(self._logprobs(token_id, result))
-
     def _logprobs(self, token_id: int, result: sample.SampleResult) -> Logprobs:
         assert result.logprob is not None
         found = {token_id: Logprob(result.logprob, result.rank, self._text(token_id))}
@@ -299,9 +340,6 @@ class Engine:
 
     def _output(self, request: _Request) -> RequestOutput:
         first = request.sequences[0]
-        finished = request.finished_time is not None
-        if finished:
-            self._requests.pop(request.request_id, None)
         times = [each.first_token_time for each in request.sequences if each.first_token_time is not None]
         wants_prompt = first.params.prompt_logprobs is not None
         return RequestOutput(
@@ -310,7 +348,7 @@ class Engine:
             prompt_token_ids=first.prompt_token_ids,
             prompt_logprobs=tuple(first.prompt_logprobs) if wants_prompt else None,
             outputs=tuple(each.completion() for each in request.sequences),
-            finished=finished,
+            finished=request.finished_time is not None,
             metrics=RequestMetrics(
                 arrival_time=request.arrival_time,
                 first_token_time=min(times, default=None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -71,6 +72,23 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a step makes of one sequence; computed for every sequence of the step before any of them changes.
+
+    `detokenizer` is the sequence's as it is afterwards; `finish_reason` is None where the sequence goes on.
+    """
+
+    num_computed: int
+    detokenizer: IncrementalDetokenizer | None
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+    token_id: int | None = None
+    logprob: float | None = None
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
 @dataclass(slots=True, eq=False)
 class RunningSequence:
     """One sequence in the engine: tokens, cache pages, and how far the cache is filled."""
@@ -104,6 +122,18 @@ class RunningSequence:
         if begin >= split:
             return self.output_token_ids[begin - split : end - split]
         return [*self.prompt_token_ids[begin:end], *self.output_token_ids[: max(0, end - split)]]
+
+    def advance(self, step: Advance) -> None:
+        """Take in what a step computed, but for its end, which is the engine's."""
+        self.num_computed += step.num_computed
+        self.detokenizer = step.detokenizer
+        self.prompt_logprobs.extend(step.prompt_logprobs)
+        if step.token_id is not None:
+            self.output_token_ids.append(step.token_id)
+            self.first_token_time = self.first_token_time or time.monotonic()
+        if step.logprobs is not None:
+            self.logprobs.append(step.logprobs)
+            self.cumulative_logprob += step.logprob or 0.0
 
     def completion(self) -> CompletionOutput:
         """The sequence as its user sees it."""

@@ -136,5 +136,7 @@ class Scheduler(Generic[S]):
 
 
 def _chunk(sequence: S, length: int) -> Chunk[S]:
+    # a sequence whose tokens are all in the cache has one sampled in the same step, or ends
+    assert length > 0, "a scheduled sequence has nothing to compute"
     end = sequence.num_computed + length
     return Chunk(sequence, sequence.num_computed, length, end == sequence.num_tokens)

@@ -1,17 +1,22 @@
-"""What the stress tests share: plans that take a millisecond a step, requests, and outputs as plain values."""
+"""What the stress tests share: plans that take a millisecond a step, words, requests, and outputs as plain values."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from unittest import mock
 
+import tokenizers
 import torch
 
 from pyruntime.engine.engine import Engine
 from pyruntime.engine.request import CompletionOutput, Logprob, Logprobs, RequestOutput
+from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.graph import build, fuse
 from pyruntime.plan import Plan, lower
 from pyruntime.spec import Activation
@@ -64,22 +69,40 @@ def prompt_of(length: int, variant: int) -> tuple[int, ...]:
     return tuple((7 * i * i + 5 * variant + 3) % 37 for i in range(length))
 
 
-def roomy_engine(plan: Plan, *, max_model_len: int = 128, eos: tuple[int, ...] = ()) -> Engine:
+@functools.cache
+def words() -> Tokenizer:
+    """A text for every token of `prompt_of`: whole words, spaces, and bytes that make characters together."""
+    # few letters, so that stop strings come up
+    letters = ("".join(each) for length in (1, 2, 3) for each in itertools.product("abc", repeat=length))
+    pieces = ("<unk>", *(f"<0x{byte:02X}>" for byte in "é中".encode()), "▁", "▁a", *letters)[:37]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    dec = tokenizers.decoders
+    backend.decoder = dec.Sequence([dec.Replace("▁", " "), dec.ByteFallback(), dec.Fuse(), dec.Strip(" ", 1, 0)])
+    with tempfile.TemporaryDirectory() as folder:
+        backend.save(str(Path(folder) / "tokenizer.json"))
+        return Tokenizer(folder)
+
+
+def roomy_engine(
+    plan: Plan, *, max_model_len: int = 128, tokenizer: Tokenizer | None = None, eos: tuple[int, ...] = ()
+) -> Engine:
     """An engine in which nobody waits."""
-    page_size = page_size_of(plan)
-    return small_engine(plan, page_size=page_size, max_model_len=max_model_len, budget=4096, eos=eos)
+    sizes = {"page_size": page_size_of(plan), "max_model_len": max_model_len, "budget": 4096}
+    return small_engine(plan, **sizes, tokenizer=tokenizer, eos=eos)
 
 
-Scores = tuple[tuple[tuple[int, float, int | None], ...] | None, ...]
+Score = tuple[int, float, int | None, str | None]
+Scores = tuple[tuple[Score, ...] | None, ...]
 
 
 def scores(logprobs: Sequence[Logprobs | None] | None) -> Scores:
-    """Ids, log-probabilities and ranks, by position."""
+    """Ids, log-probabilities, ranks and texts, by position."""
     return tuple(None if each is None else tuple(map(_score, each.items())) for each in logprobs or ())
 
 
-def _score(item: tuple[int, Logprob]) -> tuple[int, float, int | None]:
-    return item[0], item[1].logprob, item[1].rank
+def _score(item: tuple[int, Logprob]) -> Score:
+    return item[0], item[1].logprob, item[1].rank, item[1].decoded_token
 
 
 def values_of(output: RequestOutput) -> tuple[object, ...]:
@@ -88,7 +111,8 @@ def values_of(output: RequestOutput) -> tuple[object, ...]:
 
 
 def _values(found: CompletionOutput) -> tuple[object, ...]:
-    return (found.token_ids, found.finish_reason, found.stop_reason, found.cumulative_logprob, scores(found.logprobs))
+    how = (found.finish_reason, found.stop_reason)
+    return (found.token_ids, found.text, *how, found.cumulative_logprob, scores(found.logprobs))
 
 
 def all_values(outputs: Mapping[str, RequestOutput]) -> dict[str, tuple[object, ...]]:

@@ -180,6 +180,25 @@ def test_what_is_released_is_always_a_prefix_of_the_end(
         assert final.startswith(stream.text)
 
 
+@SLACK
+@given(data=st.data())
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_what_is_pushed_into_a_copy_does_not_reach_the_original(
+    built: dict[str, Tokenizer], name: str, data: st.DataObject
+) -> None:
+    tokenizer = built[name]
+    ids = st.lists(st.integers(0, tokenizer.vocab_size), max_size=50)
+    begin, end, other = data.draw(ids), data.draw(ids), data.draw(ids)
+    stream = IncrementalDetokenizer(tokenizer, [1], stop=("the cat sat on the mat",))
+    for token_id in begin:
+        stream.push(token_id)
+    for each, pushed in ((stream.copy(), other), (stream, end)):
+        for token_id in pushed:
+            each.push(token_id)
+        each.finish()
+    assert stream.text == whole(tokenizer, [1], [*begin, *end])
+
+
 def test_a_split_character_is_held_back(built: dict[str, Tokenizer]) -> None:
     tokenizer = built["byte_level"]
     ids = [i for text in "a👩b" for i in tokenizer.encode(text)]

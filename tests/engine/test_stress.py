@@ -1,7 +1,7 @@
 """The whole engine under any order of requests, steps, aborts and failing steps, on real plans and a cache too small.
 
 Each request is held against itself alone in an engine with room for it: whatever happened around it, its tokens and
-log-probabilities are the same, on target cpu to the last bit. By hand, 20,000 runs with their figures:
+text are the same, and its log-probabilities, on target cpu to the last bit. By hand, 20,000 runs with their figures:
 
     pytest -s --hypothesis-profile=stress tests/engine/test_stress.py
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 from unittest import mock
 
 import pytest
@@ -31,13 +32,16 @@ from hypothesis.stateful import (
 from pyruntime.engine.engine import Engine
 from pyruntime.engine.params import SamplingParams
 from pyruntime.engine.request import RequestOutput, RunningSequence
+from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.errors import UsageError
 from pyruntime.ops import sample
 from pyruntime.ops.sample_native import NativeSampler
 from pyruntime.plan import Plan
-from tests.engine.stress import KINDS, Kind, all_values, prompt_of, roomy_engine, values_of
-from tests.generation import run_all, run_one, small_engine
+from tests.engine.stress import KINDS, Kind, all_values, prompt_of, roomy_engine, values_of, words
+from tests.generation import drain, run_all, run_one, small_engine
 from tests.helpers import page_size_of
+
+T = TypeVar("T")
 
 MODEL = "small"
 EOS = (4, 19)
@@ -47,7 +51,11 @@ FAILURES: dict[str, tuple[tuple[Any, str], ...]] = {
     "plan": ((Plan, "run"),),
     "sampler": ((sample, "reference"), (NativeSampler, "sample")),
     "prompt logprobs": ((sample, "token_logprobs"), (NativeSampler, "token_logprobs")),
+    "detokenizer": ((Tokenizer, "decode"),),
+    "outputs": ((RunningSequence, "completion"),),
 }
+# called for every sequence that advances in a step
+OFTEN_CALLED = ("detokenizer", "outputs")
 # what the runs of a property must have met, or it says little
 MUST_HAPPEN = (
     "preempted",
@@ -55,6 +63,7 @@ MUST_HAPPEN = (
     "refused",
     "finished by length",
     "finished by stop",
+    "finished by a stop string",
     "aborted before its first step",
     "aborted inside its prompt",
     "aborted between two tokens",
@@ -62,12 +71,14 @@ MUST_HAPPEN = (
     "failed in the plan",
     "failed in the sampler",
     "failed in the prompt logprobs",
+    "failed in the detokenizer",
+    "failed in the outputs",
 )
 
 
 @st.composite
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
-    """Greedy or seeded, with every way to stop that needs no tokenizer."""
+    """Greedy or seeded, with every way to stop."""
     return SamplingParams(
         n=draw(st.sampled_from((1, 1, 2, 3))),
         temperature=draw(st.sampled_from((0.0, 1.5))),
@@ -76,6 +87,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         repetition_penalty=draw(st.sampled_from((1.0, 1.3))),
         max_tokens=None,
         min_tokens=draw(st.sampled_from((0, 0, 3))),
+        stop=draw(st.sampled_from(((), (), ("中", "cab")))),
         stop_token_ids=draw(st.sampled_from(((), (1, 7, 30)))),
         ignore_eos=draw(st.booleans()),
         logprobs=draw(st.sampled_from((None, 2))),
@@ -86,7 +98,8 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 @functools.lru_cache(maxsize=1 << 12)
 def alone(kind: Kind, max_model_len: int, prompt: tuple[int, ...], params: SamplingParams) -> RequestOutput:
     """The request by itself."""
-    return run_one(roomy_engine(kind.plan(MODEL), max_model_len=max_model_len, eos=EOS), prompt, params)
+    engine = roomy_engine(kind.plan(MODEL), max_model_len=max_model_len, tokenizer=words(), eos=EOS)
+    return run_one(engine, prompt, params)
 
 
 def close(found: Any, expected: Any) -> bool:
@@ -126,6 +139,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_model_len=self.max_model_len,
             max_num_seqs=max_num_seqs,
             budget=budget,
+            tokenizer=words(),
             eos=EOS,
         )
 
@@ -161,8 +175,9 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.asked) > 6)
     @rule()
     def run_to_the_end(self) -> None:
-        # the oldest sequence advances in every step, so this many are enough if nobody starves
-        for _ in range(sum(each.num_tokens + each.max_tokens for each in self._unfinished())):
+        # the oldest sequence advances in every step, so this many are enough if nobody starves; one more for an output
+        # that could not be made
+        for _ in range(1 + sum(each.num_tokens + each.max_tokens for each in self._unfinished())):
             if not self.engine.has_unfinished:
                 break
             self._step()
@@ -183,11 +198,11 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.abort(name) is None
 
     @precondition(lambda self: self.live)
-    @rule(where=st.sampled_from(list(FAILURES)))
-    def fail_in(self, where: str) -> None:
+    @rule(where=st.sampled_from(list(FAILURES)), after=st.integers(0, 5))
+    def fail_in(self, where: str, after: int) -> None:
         """A step that runs out of memory: the next one does its work."""
         try:
-            self._take(failing(self.engine.step, where))
+            self._take(failing(self.engine.step, where, after if where in OFTEN_CALLED else 0))
         except MemoryError:
             self.seen[f"failed in the {where}"] += 1
 
@@ -238,7 +253,10 @@ class EngineMachine(RuleBasedStateMachine):
             expected = alone(self.kind, self.max_model_len, *self.asked[name])
             for i, (found, right) in enumerate(zip(output.outputs, expected.outputs, strict=True)):
                 assert found.token_ids == right.token_ids[: len(found.token_ids)]
+                # an abort releases what was held back, as if nothing came behind it
+                assert found.finish_reason == "abort" or right.text.startswith(found.text)
                 assert last is None or len(found.token_ids) >= len(last.outputs[i].token_ids)
+            assert output.finished or _num_tokens(output) > (0 if last is None else _num_tokens(last)), "nothing new"
             self.live[name] = output
             if output.finished:
                 self._finish(output, expected)
@@ -249,9 +267,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.seen["preempted twice"] += output.metrics.num_preemptions > 1
         reasons = [str(each.finish_reason) for each in output.outputs]
         self.seen.update(f"finished by {reason}" for reason in reasons)
+        self.seen["finished by a stop string"] += any(isinstance(each.stop_reason, str) for each in output.outputs)
         if "abort" not in reasons:
             found, right = values_of(output), values_of(expected)
             assert found == right if self.kind.exact else close(found, right)
+
+
+def _num_tokens(output: RequestOutput) -> int:
+    return sum(len(each.token_ids) for each in output.outputs)
 
 
 def _stage(sequences: Sequence[RunningSequence]) -> str:
@@ -263,34 +286,68 @@ def _stage(sequences: Sequence[RunningSequence]) -> str:
     return "inside its prompt" if any(each.num_computed > 0 for each in sequences) else "before its first step"
 
 
-def failing(call: Callable[[], list[RequestOutput]], where: str) -> list[RequestOutput]:
-    """`call()` while a part of the engine has no memory."""
+def failing(call: Callable[[], T], where: str, after: int = 0) -> T:
+    """`call()` while a part of the engine has no memory, from its call number `after` on."""
+    count = itertools.count()
     with contextlib.ExitStack() as patches:
         for owner, name in FAILURES[where]:
-            patches.enter_context(mock.patch.object(owner, name, side_effect=MemoryError))
+            patches.enter_context(mock.patch.object(owner, name, _no_memory(getattr(owner, name), count, after)))
         return call()
+
+
+def _no_memory(honest: Callable[..., Any], count: Iterator[int], after: int) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(count) >= after:
+            raise MemoryError
+        return honest(*args, **kwargs)
+
+    return call
+
+
+# scores, texts of two sequences, and ends by length and by a stop string
+REQUESTS = {
+    "3": (prompt_of(3, 0), SamplingParams(temperature=1.5, seed=1, max_tokens=6, logprobs=2, prompt_logprobs=1)),
+    "17": (prompt_of(17, 0), SamplingParams(temperature=1.5, seed=1, max_tokens=6, logprobs=2, prompt_logprobs=1)),
+    "30": (prompt_of(30, 0), SamplingParams(n=2, temperature=1.5, seed=1, max_tokens=6, stop=("c",))),
+}
 
 
 @pytest.mark.parametrize("where", FAILURES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_step_that_runs_out_of_memory_is_computed_again(kind: Kind, where: str) -> None:
     plan = kind.plan(MODEL)
-    params = SamplingParams(temperature=1.5, seed=1, max_tokens=6, logprobs=2, prompt_logprobs=1)
-    requests = {str(length): (prompt_of(length, 0), params) for length in (3, 17, 30)}
-    engine = small_engine(plan, page_size=page_size_of(plan), budget=8)
-    for name, request in requests.items():
+    expected = all_values(run_all(roomy_engine(plan, tokenizer=words()), REQUESTS))
+    for after in itertools.count():
+        engine = small_engine(plan, page_size=page_size_of(plan), budget=8, tokenizer=words())
+        for name, request in REQUESTS.items():
+            engine.add_request(name, *request)
+        num_failed, found = 0, {}
+        while engine.has_unfinished:
+            try:
+                outputs = failing(engine.step, where, after)
+            except MemoryError:
+                num_failed += 1
+                outputs = engine.step()
+            found.update({output.request_id: values_of(output) for output in outputs if output.finished})
+        assert all(close(found[name], expected[name]) for name in REQUESTS)
+        # by now no step calls it so often
+        if num_failed == 0:
+            assert after > 0
+            break
+
+
+@pytest.mark.parametrize("where", ["detokenizer", "outputs"])
+def test_an_aborted_request_is_gone_even_where_its_output_cannot_be_made(where: str) -> None:
+    engine = roomy_engine(KINDS[1].plan(MODEL), tokenizer=words())
+    expected = run_all(engine, {"17": REQUESTS["17"]})
+    for name, request in REQUESTS.items():
         engine.add_request(name, *request)
-    num_failed, found = 0, {}
-    while engine.has_unfinished:
-        try:
-            outputs = failing(engine.step, where)
-        except MemoryError:
-            num_failed += 1
-            outputs = engine.step()
-        found.update({output.request_id: values_of(output) for output in outputs if output.finished})
-    assert num_failed > 0
-    expected = all_values(run_all(roomy_engine(plan), requests))
-    assert all(close(found[name], expected[name]) for name in requests)
+    engine.step()
+    for name in ("3", "30"):
+        with pytest.raises(MemoryError):
+            failing(functools.partial(engine.abort, name), where)
+    assert list(engine.unfinished()) == ["17"]
+    assert all_values(drain(engine)) == all_values(expected)
 
 
 def test_no_order_of_events_loses_a_page_or_a_request_or_changes_an_output() -> None:
