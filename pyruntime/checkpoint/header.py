@@ -84,7 +84,7 @@ def read_header(fd: int, where: str) -> dict[str, TensorInfo]:
                 f"the most that are read, need less than {most}",
             )
     entries = parse(text, where, "HEADER_JSON", _MAX_DEPTH, 5 * MAX_TENSORS)
-    _check_metadata(entries.pop("__metadata__", {}), where)
+    _check_metadata(entries.pop("__metadata__", None), where)
     _check_count(len(entries), where)
     data_start = 8 + num_bytes
     tensors = {name: _tensor(name, entry, data_start, where) for name, entry in entries.items()}
@@ -105,6 +105,8 @@ def _check_count(num_tensors: int, where: str) -> None:
 
 
 def _check_metadata(metadata: Any, where: str) -> None:
+    if metadata is None:
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError("HEADER_JSON", f"{where}: __metadata__ must map texts to texts")
 

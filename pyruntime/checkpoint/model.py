@@ -67,6 +67,9 @@ class Model:
             if isinstance(ref, TensorRef):
                 names.setdefault(str(TORCH_DTYPES[ref.dtype]).removeprefix("torch."), set()).add(ref.name)
         said = next((each for key in ("dtype", "torch_dtype") if (each := self.config.get(key)) is not None), None)
+        if isinstance(said, str):
+            # some programs write torch's own name, or that the files decide
+            said = None if said == "auto" else said.removeprefix("torch.")
         if not names or (len(names) == 1 and said in (None, *names)):
             return None
         found = " and ".join(f"{dtype} ({len(own)}, such as {min(own)})" for dtype, own in sorted(names.items()))

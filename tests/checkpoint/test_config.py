@@ -185,6 +185,17 @@ def test_code_of_a_checkpoint_is_noted_and_never_run(make_llama: Make, tmp_path:
     assert marker.exists()
 
 
+@pytest.mark.parametrize("said", ["float32", "torch.float32", "auto", None])
+def test_names_of_the_stored_dtype_are_no_conflict(read: Read, said: Any) -> None:
+    model = read(torch_dtype=said, dtype=None)
+    assert model.dtype_conflict is None and model.notes == ()
+
+
+@pytest.mark.parametrize("said", ["bfloat16", "torch.bfloat16", "", 32, "torch.auto"])
+def test_another_dtype_is_a_conflict(read: Read, said: Any) -> None:
+    assert "float32" in str(read(torch_dtype=said, dtype=None).dtype_conflict)
+
+
 def test_private_keys_are_noted(read: Read) -> None:
     (note,) = read(_sliding_window_patterns=3).notes
     assert "_sliding_window_patterns" in note

@@ -164,6 +164,8 @@ def test_the_good_file_is_good() -> None:
         "a": ("F32", (2, 2), 16),
         "b": ("F16", (3,), 6),
     }
+    # as the library of the format reads it
+    assert parse(pack({"__metadata__": None, **GOOD}, DATA)).keys() == {"a", "b"}
     assert parse(named("a" * 512)).keys() == {"a" * 512, "b"}
     assert parse(pack({})) == {}
 
