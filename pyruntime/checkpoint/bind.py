@@ -28,23 +28,23 @@ class _Place:
 
 
 def bind(
-    spec: ModelSpec, dense: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]
+    spec: ModelSpec, whole: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, Weight], str]:
-    """The weights of `spec` by name, and the dtype of most of their bytes (some checkpoints keep norms in float32).
+    """The weights of `spec` by name, and the dtype of most of their bytes; `whole` is the model with all that is gone.
 
-    Raises CheckpointError MISSING_TENSOR, UNEXPECTED_TENSOR (a tensor that not even `dense` has), SHAPE or DTYPE.
+    Raises CheckpointError MISSING_TENSOR, UNEXPECTED_TENSOR (a tensor that not even `whole` has), SHAPE or DTYPE.
     """
     shapes = weight_shapes(spec)
     places = {place.name: place for place in _places(spec, family, shapes)}
-    dense_names = {place.name for place in _places(dense, family, weight_shapes(dense))}
-    _check_names(set(places), dense_names, family, stored)
+    known = {place.name for place in _places(whole, family, weight_shapes(whole))}
+    _check_names(set(places), known, family, stored)
     _check_shapes(places.values(), shapes, stored)
     weights: dict[str, Weight] = {}
     num_bytes: Counter[str] = Counter()
     for place in places.values():
         shard, info = stored[place.name].shard, stored[place.name].info
-        whole = TensorRef(shard, place.name, info.dtype, info.shape, info.start, info.num_bytes)
-        weights.update(_cut(whole, place, shapes))
+        tensor = TensorRef(shard, place.name, info.dtype, info.shape, info.start, info.num_bytes)
+        weights.update(_cut(tensor, place, shapes))
         num_bytes[info.dtype] += info.num_bytes
     return {name: weights[name] for name in shapes}, _DTYPE_NAMES[num_bytes.most_common(1)[0][0]]
 
@@ -95,9 +95,9 @@ def _cut(whole: TensorRef, place: _Place, shapes: Mapping[str, Shape]) -> dict[s
     return found
 
 
-def _check_names(wanted: set[str], dense: set[str], family: Family, stored: Mapping[str, StoredTensor]) -> None:
+def _check_names(wanted: set[str], known: set[str], family: Family, stored: Mapping[str, StoredTensor]) -> None:
     missing = sorted(wanted - set(stored))
-    known = dense | {family.tensor_name("head.weight")}
+    known = known | {family.tensor_name("head.weight")}
     extra = sorted(name for name in set(stored) - known if not any(part in name for part in family.stale))
     faults = [f"{_tensors(missing, 'is', 'are')} missing: {some(missing)}"] if missing else []
     faults += [f"{_tensors(extra, 'does', 'do')} not belong to this architecture: {some(extra)}"] if extra else []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pyruntime import env
+from pyruntime.checkpoint.fields import some
 from pyruntime.checkpoint.files import io_error, is_bare_name, is_there, listed, missing, open_weights
 from pyruntime.checkpoint.header import TensorInfo, read_header
 from pyruntime.checkpoint.strict_json import read_object
@@ -86,8 +87,7 @@ def unread_files(folder: Path, stored: Iterable[StoredTensor]) -> tuple[str, ...
     unread = [name for name in listed(folder) if name.endswith(".safetensors") and name not in read]
     if not unread:
         return ()
-    shown = ", ".join(repr(name[:80]) for name in unread[:10])
-    return (f"weight files that are not part of the model are not read: {shown}{', ...' if unread[10:] else ''}",)
+    return (f"weight files that are not part of the model are not read: {some(unread)}",)
 
 
 def _no_weights(folder: Path) -> CheckpointError | RunError:

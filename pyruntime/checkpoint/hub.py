@@ -36,12 +36,10 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
     try:
         path = Path(model).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
-    except OSError as error:
-        if error.errno in _MACHINE:
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
             raise io_error(f"cannot read {model}", error) from None
-        raise UsageError("MODEL", f"{str(model)!r} is no folder and no Hub id ({error})") from None
-    except RuntimeError as error:
-        # ~ of nobody
+        # a name too long for a file, ~ of nobody
         raise UsageError("MODEL", f"{str(model)!r} is no folder and no Hub id ({error})") from None
     if is_folder:
         return path

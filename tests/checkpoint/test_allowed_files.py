@@ -137,7 +137,7 @@ def test_weights_that_are_not_part_of_the_model_are_said(text_model: tuple[Path,
     (folder / "adapter_model.safetensors").write_bytes(b"?")
     with watched_opens() as opened:
         (note,) = read_model(folder).notes
-    assert "'adapter_model.safetensors', 'consolidated.safetensors'" in note
+    assert "adapter_model.safetensors, consolidated.safetensors" in note
     assert not {"consolidated.safetensors", "adapter_model.safetensors"} & set(opened)
 
 

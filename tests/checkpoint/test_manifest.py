@@ -163,7 +163,7 @@ def test_what_the_hub_gives_of_a_vouched_folder_is_as_its_manifest_says(
     vouch(folder)
     assert {f"pytorch_{first}", f"pytorch_{second}"} <= files_of(folder).keys()
     (note,) = read_model(folder).notes
-    assert "'adapter_model.safetensors', 'consolidated.safetensors'" in note
+    assert "adapter_model.safetensors, consolidated.safetensors" in note
 
     def fetch(_: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         copy = tmp_path / "hub"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from pyruntime.checkpoint.dialects.declared import shown
+from pyruntime.checkpoint.fields import some
 from pyruntime.errors import UsageError
 from pyruntime.spec import DropPlan
 
@@ -20,18 +22,15 @@ def block_pruner(table: Mapping[str, Any], choice: str | None) -> DropPlan:
     """
     steps = sorted(table, key=int)
     if choice is None and len(steps) > 1:
-        shown = ", ".join(steps[:20]) + (", ..." if len(steps) > 20 else "")
-        raise UsageError("DROP_PLAN", f"BlockPruner's file has {len(steps)} steps; choose one with #n: {shown}")
+        raise UsageError("DROP_PLAN", f"BlockPruner's file has {len(steps)} steps; choose one with #n: {some(steps)}")
     step = steps[0] if choice is None else choice
     if step not in table:
-        raise UsageError(
-            "DROP_PLAN", f"BlockPruner's file has no step {step[:80]!r}; the steps are {', '.join(steps[:20])}"
-        )
+        raise UsageError("DROP_PLAN", f"BlockPruner's file has no step {step[:80]!r}; the steps are {some(steps)}")
     found: dict[str, list[int]] = {kind: [] for kind in _BLOCK_PRUNER.values()}
     for entry in table[step]:
         kind = entry[0] if isinstance(entry, list) and len(entry) == 2 else None
         if not isinstance(kind, str) or kind not in _BLOCK_PRUNER:
-            raise UsageError("DROP_PLAN", f'step {step} holds {str(entry)[:80]}; expected ["mha" or "mlp", layer]')
+            raise UsageError("DROP_PLAN", f'step {step} holds {shown(entry)}; expected ["mha" or "mlp", layer]')
         found[_BLOCK_PRUNER[kind]].append(entry[1])
     return DropPlan(tuple(found["attention"]), tuple(found["mlp"]), f"BlockPruner, {step} removed")
 
@@ -54,7 +53,7 @@ def reserved_layers(
         if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < 2 * num_layers:
             raise UsageError(
                 "DROP_PLAN",
-                f"the list of kept layers holds {str(each)[:80]}; expected ids from 0 to {2 * num_layers - 1}",
+                f"the list of kept layers holds {shown(each)}; expected ids from 0 to {2 * num_layers - 1}",
             )
     if len(set(ids)) != len(ids):
         raise UsageError("DROP_PLAN", "the list of kept layers names one twice; expected each once")

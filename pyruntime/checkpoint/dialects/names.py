@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pyruntime.checkpoint.fields import some
 from pyruntime.spec import DropPlan
 
 _SAID: Final = re.compile(r"drop(\d{1,4})(attn|mlp|block)", re.ASCII | re.IGNORECASE)
@@ -33,9 +34,8 @@ def looks_wrong(names: tuple[str, ...], gone: DropPlan) -> tuple[str, ...]:
         for number, kind in ((int(match[1]), match[2].lower()) for match in _SAID.finditer(name)):
             right = {"attn": (number, 0), "mlp": (0, number), "block": (number, number)}[kind]
             if counts != right or (kind == "block" and gone.attention != gone.mlp):
-                shown = name[:80] if name.isprintable() else ascii(name[:80])
                 notes.append(
-                    f"looks wrong: the name {shown} says {number} {_KINDS[kind]}; config.json lists {counts[0]} of "
-                    f"attention and {counts[1]} of MLP, and the lists count"
+                    f"looks wrong: the name {some([name])} says {number} {_KINDS[kind]}; config.json lists "
+                    f"{counts[0]} of attention and {counts[1]} of MLP, and the lists count"
                 )
     return tuple(dict.fromkeys(notes))

@@ -12,7 +12,7 @@ from pyruntime.checkpoint.dialects.layer_files import block_pruner, layer_mappin
 from pyruntime.checkpoint.dialects.mergekit import mergekit, parse_yaml
 from pyruntime.checkpoint.dialects.names import looks_wrong, names_of
 from pyruntime.checkpoint.families import FAMILIES
-from pyruntime.checkpoint.fields import Fields
+from pyruntime.checkpoint.fields import Fields, some
 from pyruntime.checkpoint.files import is_there
 from pyruntime.checkpoint.strict_json import MAX_CONFIG_BYTES, parse, read_bytes, read_object
 from pyruntime.errors import CheckpointError, UsageError
@@ -116,6 +116,5 @@ def _of_config(config: Mapping[str, Any], path: Path, spec: ModelSpec | None) ->
         check_overrides(spec, declared.overrides)
     folder = path.absolute().parent
     wrong = looks_wrong(names_of(folder, config), declared.gone)
-    shown = folder.name if folder.name.isprintable() else ascii(folder.name)
-    origin = f"{declared.gone.origin} of {shown}/{path.name}"
+    origin = f"{declared.gone.origin} of {some([folder.name])}/{path.name}"
     return DropPlan(declared.gone.attention, declared.gone.mlp, " - ".join([origin, *wrong]))
