@@ -32,14 +32,10 @@ _LLAMA3: Final = {
     "original_max_position_embeddings": 8,
 }
 _YARN: Final = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 20.0, "mscale": 1.0}
-_TYPES: Final = (
-    "mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt_neox gpt2 olmo olmo2 starcoder2 stablelm granite "
-    "nemotron cohere smollm3 helium glm opt bitnet"
-).split()
+_TYPES: Final = "mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt_neox nemotron bitnet".split()
 # a quarter of so small a head is no pair that could turn; GPT-NeoX has as many key heads as heads
 _MORE: Final[dict[str, dict[str, Any]]] = {
     "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": 2},
-    "stablelm": {"partial_rotary_factor": 0.5},
 }
 # seeds of type llama: what their config.json says beyond the sizes
 _LLAMAS: Final[dict[str, dict[str, Any]]] = {
