@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pyruntime.errors import UsageError
 from pyruntime.graph.node import LOGITS, Graph, Node
 from pyruntime.ops.add import AddAttrs
 from pyruntime.ops.attention import AttentionAttrs
@@ -16,7 +17,7 @@ from pyruntime.ops.mlp import MlpAttrs
 from pyruntime.ops.norm import NormAttrs
 from pyruntime.ops.qkv_rope import QkvRopeAttrs
 from pyruntime.ops.step import Rows
-from pyruntime.spec import MLP, Attention, Layer, ModelSpec, Norm, Replacement, Sublayer, sublayer_prefix
+from pyruntime.spec import MLP, Attention, Layer, ModelSpec, MoE, Norm, Replacement, Sublayer, sublayer_prefix
 
 
 def build(spec: ModelSpec) -> Graph:
@@ -87,6 +88,8 @@ class _Builder:
             case MLP():
                 mlp = MlpAttrs(sublayer)
                 return self.add(prefix + "mlp", "mlp", mlp, (x,), {role: prefix + role for role in mlp.weight_shapes()})
+            case MoE():
+                raise UsageError("SPEC", f"{prefix} is a mixture of experts, which no target runs")
             case Replacement():
                 linear = LinearAttrs(sublayer.linear)
                 return self.add(prefix + "linear", "linear", linear, (x,), _own(linear, prefix))

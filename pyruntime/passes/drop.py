@@ -53,8 +53,8 @@ def drop(model: Model, plan: DropPlan) -> Model:
 
 
 def kv_values_per_token(spec: ModelSpec) -> int:
-    """Keys and values that one token leaves in the cache, over all kept attentions."""
-    return sum(2 * attention.kv_size for _, attention in spec.attentions())
+    """Values that one token leaves in the cache, over all kept attentions."""
+    return sum(attention.cached_size for _, attention in spec.attentions())
 
 
 def make_drop_plan(

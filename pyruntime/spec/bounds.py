@@ -12,6 +12,7 @@ MAX_LAYERS: Final = 1024
 MAX_VOCAB: Final = 1 << 20
 MAX_WIDTH: Final = 1 << 20
 MAX_HEADS: Final = 4096
+MAX_EXPERTS: Final = 4096
 MAX_HEAD_DIM: Final = 1024
 MAX_POSITION: Final = 1 << 24
 

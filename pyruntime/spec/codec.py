@@ -9,11 +9,12 @@ from enum import StrEnum
 from typing import Any
 
 from pyruntime.errors import UsageError
-from pyruntime.spec.model import MLP, Attention, ModelSpec, Replacement
+from pyruntime.spec.attention import Attention
+from pyruntime.spec.model import MLP, ModelSpec, MoE, Replacement
 
 # where a field may hold more than one class, its JSON object carries the class under this key
 _TAG = "kind_of_sublayer"
-_TAGGED: dict[str, type] = {"attention": Attention, "mlp": MLP, "replacement": Replacement}
+_TAGGED: dict[str, type] = {"attention": Attention, "mlp": MLP, "moe": MoE, "replacement": Replacement}
 
 
 def spec_to_json(spec: ModelSpec) -> dict[str, Any]:

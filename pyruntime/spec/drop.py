@@ -93,4 +93,6 @@ def _without(layer: Layer, kind: str) -> Layer:
     sublayer = layer.attention if kind == "attention" else layer.mlp
     if sublayer is not None and not sublayer.residual:
         raise UsageError("DROP", f"layer {layer.index} {kind} has no residual, so nothing would pass it; keep it")
+    if sublayer is not None and sublayer.shortcut is not None:
+        raise UsageError("DROP", f"layer {layer.index} {kind} has a matrix on its residual (SliceGPT); keep it")
     return replace(layer, attention=None) if kind == "attention" else replace(layer, mlp=None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pyruntime.spec.attention import Attention
 from pyruntime.spec.bounds import (
-    MAX_HEAD_DIM,
-    MAX_HEADS,
+    MAX_EXPERTS,
     MAX_LAYERS,
     MAX_POSITION,
     MAX_VOCAB,
@@ -17,108 +17,15 @@ from pyruntime.spec.bounds import (
     check_real,
     require,
 )
-from pyruntime.spec.parts import Activation, Linear, Norm, Rope
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    """Causal self-attention with its norms. A projection that is None was merged away: its input is used as it is.
-
-    `pre` norms the input, `sub` the values before the output projection, `post` the output before the residual add.
-    `q_norm` and `k_norm` are per head when their size is `head_dim`, else over all heads together. `window` keeps the
-    last `window` positions, the current one included; `softcap` c maps scores s to c * tanh(s / c).
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    q: Linear | None
-    k: Linear | None
-    v: Linear | None
-    o: Linear | None
-    scale: float
-    rope: Rope | None = None
-    window: int | None = None
-    softcap: float | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    pre: Norm | None = None
-    sub: Norm | None = None
-    post: Norm | None = None
-    residual: bool = True
-
-    def __post_init__(self) -> None:
-        check_int("attention num_heads", self.num_heads, 1, MAX_HEADS)
-        check_int("attention num_kv_heads", self.num_kv_heads, 1, self.num_heads)
-        check_int("attention head_dim", self.head_dim, 1, MAX_HEAD_DIM)
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"attention num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
-        )
-        check_real("attention scale", self.scale, 0.0, 1e6)
-        check_bool("attention residual", self.residual)
-        if self.window is not None:
-            check_int("attention window", self.window, 1, MAX_POSITION)
-        if self.softcap is not None:
-            check_real("attention softcap", self.softcap, 0.0, 1e6)
-        if self.rope is not None:
-            require(
-                self.rope.dim <= self.head_dim,
-                f"rope dim {self.rope.dim} is larger than head_dim {self.head_dim}",
-            )
-        self._check_widths()
-
-    def _check_widths(self) -> None:
-        wanted = {"q": self.q_size, "k": self.kv_size, "v": self.kv_size}
-        for name, width in wanted.items():
-            linear: Linear | None = getattr(self, name)
-            found = self.in_size if linear is None else linear.out_features
-            require(found == width, f"attention {name} gives {found} values; its heads need {width}")
-            require(
-                linear is None or linear.in_features == self.in_size,
-                f"attention {name} reads {linear and linear.in_features} values; the others read {self.in_size}",
-            )
-        if self.o is not None:
-            require(
-                self.o.in_features == self.q_size,
-                f"attention o reads {self.o.in_features} values; the heads give {self.q_size}",
-            )
-        for name, num_heads in (("q_norm", self.num_heads), ("k_norm", self.num_kv_heads)):
-            norm: Norm | None = getattr(self, name)
-            require(
-                norm is None or norm.size in (self.head_dim, num_heads * self.head_dim),
-                f"attention {name} spans {norm and norm.size} values; expected head_dim {self.head_dim} or all heads",
-            )
-        require(
-            self.sub is None or self.sub.size == self.q_size,
-            f"attention sub norm spans {self.sub and self.sub.size} values; the heads give {self.q_size}",
-        )
-
-    @property
-    def in_size(self) -> int:
-        """Width of the input."""
-        known = next((p for p in (self.q, self.k, self.v) if p is not None), None)
-        return self.q_size if known is None else known.in_features
-
-    @property
-    def out_size(self) -> int:
-        """Width of the output."""
-        return self.q_size if self.o is None else self.o.out_features
-
-    @property
-    def q_size(self) -> int:
-        """Width of all query heads together."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of all key heads together, and of all value heads together."""
-        return self.num_kv_heads * self.head_dim
+from pyruntime.spec.parts import Activation, Linear, Norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLP:
-    """down(act(gate x) * up x), or down(act(up x)) where `gate` is None; `sub` norms the input of `down`."""
+    """down(act(gate x) * up x), or down(act(up x)) where `gate` is None; `sub` norms the input of `down`.
+
+    `shortcut` as in Attention.
+    """
 
     gate: Linear | None
     up: Linear
@@ -128,6 +35,7 @@ class MLP:
     sub: Norm | None = None
     post: Norm | None = None
     residual: bool = True
+    shortcut: Linear | None = None
 
     def __post_init__(self) -> None:
         check_kind("mlp activation", self.activation, Activation)
@@ -166,6 +74,7 @@ class Replacement:
     pre: Norm | None = None
     post: Norm | None = None
     residual: bool = True
+    shortcut: Linear | None = None
 
     def __post_init__(self) -> None:
         check_bool("replacement residual", self.residual)
@@ -181,19 +90,81 @@ class Replacement:
         return self.linear.out_features
 
 
-Sublayer = Attention | MLP | Replacement
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoE:
+    """A mixture of experts: the `top_k` experts with the largest softmax(router x), each weighted by its probability.
+
+    Every expert is alike and has the parts of an MLP. `normalize` divides the chosen probabilities by their sum;
+    `routed_scale` multiplies them afterwards. `shared` is an MLP that every token passes, times sigmoid(shared_gate x)
+    where there is such a gate.
+    """
+
+    num_experts: int
+    top_k: int
+    router: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation: Activation
+    normalize: bool = True
+    routed_scale: float = 1.0
+    shared: MLP | None = None
+    shared_gate: Linear | None = None
+    pre: Norm | None = None
+    post: Norm | None = None
+    residual: bool = True
+    shortcut: Linear | None = None
+
+    def __post_init__(self) -> None:
+        check_int("moe num_experts", self.num_experts, 1, MAX_EXPERTS)
+        check_int("moe top_k", self.top_k, 1, self.num_experts)
+        check_kind("moe activation", self.activation, Activation)
+        check_bool("moe normalize", self.normalize)
+        check_real("moe routed_scale", self.routed_scale, 0.0, 1e6)
+        check_bool("moe residual", self.residual)
+        width = self.gate.in_features
+        ffn = self.gate.out_features
+        maps = {"up": (self.up, width, ffn), "down": (self.down, ffn, width)}
+        maps["router"] = (self.router, width, self.num_experts)
+        if self.shared_gate is not None:
+            maps["shared_gate"] = (self.shared_gate, width, 1)
+        for name, (linear, inputs, outputs) in maps.items():
+            require(
+                (linear.in_features, linear.out_features) == (inputs, outputs),
+                f"moe {name} is {linear.out_features}x{linear.in_features}; expected {outputs}x{inputs}",
+            )
+        require(self.shared is not None or self.shared_gate is None, "moe shared_gate has no shared MLP")
+        if self.shared is not None:
+            widths = (self.shared.in_size, self.shared.out_size)
+            require(widths == (width, width), f"moe shared maps {widths[0]} values to {widths[1]}; expected {width}")
+            own = (self.shared.pre, self.shared.post, self.shared.shortcut)
+            require(own == (None, None, None), "moe shared has norms or a shortcut; they belong to the whole")
+
+    @property
+    def in_size(self) -> int:
+        """Width of the input."""
+        return self.gate.in_features
+
+    @property
+    def out_size(self) -> int:
+        """Width of the output."""
+        return self.down.out_features
+
+
+Sublayer = Attention | MLP | MoE | Replacement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """One decoder layer under its original number; a dropped sublayer is None.
 
-    `parallel` layers add attention and MLP to the same input (GPT-NeoX); serial ones feed one into the other.
+    `parallel` layers feed attention and MLP the same input and add up what comes out, and the input itself where they
+    have residuals (GPT-NeoX); serial ones feed one into the other.
     """
 
     index: int
     attention: Attention | Replacement | None
-    mlp: MLP | Replacement | None
+    mlp: MLP | MoE | Replacement | None
     parallel: bool = False
 
     def __post_init__(self) -> None:
@@ -205,11 +176,15 @@ class Layer:
                 norm: Norm | None = getattr(sublayer, place)
                 width = sublayer.in_size if place == "pre" else sublayer.out_size
                 require(norm is None or norm.size == width, f"{where} {place} norm does not span its {width} values")
+            _check_residual(where, sublayer)
             require(
-                not sublayer.residual or sublayer.in_size == sublayer.out_size,
-                f"{where} adds {sublayer.out_size} values to a stream of {sublayer.in_size}",
+                not self.parallel or sublayer.shortcut is None, f"{where} is parallel and has a shortcut; not supported"
             )
-            require(not self.parallel or sublayer.residual, f"{where} is parallel and has no residual; not supported")
+        found = [sublayer for _, sublayer in self.sublayers()]
+        require(
+            not self.parallel or len({(each.residual, each.out_size) for each in found}) < 2,
+            f"layer {self.index} is parallel; its sublayers must both have residuals, or neither, and be equally wide",
+        )
 
     def sublayers(self) -> Iterator[tuple[str, Sublayer]]:
         """The sublayers that exist, in order, as ("attention" | "mlp", sublayer)."""
@@ -219,18 +194,40 @@ class Layer:
             yield "mlp", self.mlp
 
 
+def _check_residual(where: str, sublayer: Sublayer) -> None:
+    shortcut = sublayer.shortcut
+    if shortcut is None:
+        require(
+            not sublayer.residual or sublayer.in_size == sublayer.out_size,
+            f"{where} adds {sublayer.out_size} values to a stream of {sublayer.in_size}",
+        )
+        return
+    require(sublayer.residual, f"{where} has a shortcut and no residual; a shortcut lies on the residual")
+    require(
+        (shortcut.in_features, shortcut.out_features) == (sublayer.in_size, sublayer.out_size),
+        f"{where} shortcut is {shortcut.out_features}x{shortcut.in_features}; "
+        f"the sublayer is {sublayer.out_size}x{sublayer.in_size}",
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedding:
-    """Token embedding table [vocab_size, size]; rows are multiplied by `scale`."""
+    """Token embedding table [vocab_size, size]; rows are multiplied by `scale`.
+
+    `positions` is the number of rows of a second, learned table that adds a row for each position (GPT-2).
+    """
 
     vocab_size: int
     size: int
     scale: float = 1.0
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         check_int("embedding vocab_size", self.vocab_size, 1, MAX_VOCAB)
         check_int("embedding size", self.size, 1, 1 << 20)
         check_real("embedding scale", self.scale, 0.0, 1e6)
+        if self.positions is not None:
+            check_int("embedding positions", self.positions, 1, MAX_POSITION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,13 +258,19 @@ class ModelSpec:
     def __post_init__(self) -> None:
         check_int("max_position", self.max_position, 1, MAX_POSITION)
         check_int("number of layers", len(self.layers), 1, MAX_LAYERS)
+        known = self.embedding.positions
+        require(
+            known is None or self.max_position <= known, f"max_position is {self.max_position}; {known} are embedded"
+        )
         width = self.embedding.size
         for position, layer in enumerate(self.layers):
             require(layer.index == position, f"layer {layer.index} stands at place {position}")
+            entry = width
             for kind, sublayer in layer.sublayers():
+                expected = entry if layer.parallel else width
                 require(
-                    sublayer.in_size == width,
-                    f"layer {position} {kind} reads {sublayer.in_size} values; the stream has {width}",
+                    sublayer.in_size == expected,
+                    f"layer {position} {kind} reads {sublayer.in_size} values; the stream has {expected}",
                 )
                 width = sublayer.out_size
         require(

@@ -49,16 +49,32 @@ class RopeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """y = x W^T (+ b), W stored as [out_features, in_features]."""
+    """y = x W^T (+ b), W stored as [out_features, in_features].
+
+    A `triangular` map is square and zero above its diagonal: output i reads inputs 0 to i. Its rows are stored one
+    after the other without the zeros, [n (n + 1) / 2].
+    """
 
     in_features: int
     out_features: int
     bias: bool = False
+    triangular: bool = False
 
     def __post_init__(self) -> None:
         check_int("linear in_features", self.in_features, 1, MAX_WIDTH)
         check_int("linear out_features", self.out_features, 1, MAX_WIDTH)
         check_bool("linear bias", self.bias)
+        check_bool("linear triangular", self.triangular)
+        require(
+            not self.triangular or self.in_features == self.out_features,
+            f"a triangular linear map is {self.out_features}x{self.in_features}; expected a square one",
+        )
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Sizes of the stored weight."""
+        n = self.in_features
+        return (n * (n + 1) // 2,) if self.triangular else (self.out_features, n)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -322,7 +322,8 @@ def full_json() -> dict[str, Any]:
 OBJECTS = [(), *(path for path in places(full_json()) if isinstance(container(full_json(), path)[path[-1]], dict))]
 OPTIONAL = set(
     "scale rope window softcap q_norm k_norm pre sub post residual weight bias parallel factor original_max_position "
-    "low_freq_factor high_freq_factor beta_fast beta_slow attention_factor truncate divisors".split()
+    "low_freq_factor high_freq_factor beta_fast beta_slow attention_factor truncate divisors v_norm columns rest table "
+    "cached shaped alibi shortcut triangular positions".split()
 )
 
 
