@@ -63,6 +63,11 @@ void run_program(const Program& program, std::int64_t begin, std::int64_t end, s
     const std::vector<SequenceSlice> slices = slices_of(std::move(given));
     const Cache cache = cache_of(program, cache_fields);
     const Batch batch(slices, cache, program.vocab_size());
+    for (const SequenceSlice& slice : slices) {
+        const std::int64_t end = slice.start + static_cast<std::int64_t>(slice.token_ids.size());
+        PYRUNTIME_CHECK(end <= program.position_limit(), "a slice ends at position ", end, "; the model embeds ",
+                        program.position_limit());
+    }
     const std::int64_t needed =
         Program::workspace_bytes(program.regions({batch.num_rows(kAllRows), batch.num_rows(kWantedRows)}));
     PYRUNTIME_CHECK(workspace.first != 0 && workspace.first % 64 == 0 && workspace.second >= needed, "a workspace of ",

@@ -61,13 +61,36 @@ NormWeights norm_of(const py::handle& from) {
     return norm;
 }
 
+// the starts of groups of panels, from 0 to the number of words; each group has whole units, at most those of all
+// inputs
+const std::int64_t* starts_of(const py::handle& from, const Panels& panels) {
+    const auto* starts = memory<std::int64_t>(from, "starts", num_groups(panels) + 1);
+    if (starts == nullptr) {
+        return nullptr;
+    }
+    const std::int64_t most = units_of(panels.dtype, panels.inputs);
+    PYRUNTIME_CHECK(starts[0] == 0, "the first panel starts at word ", starts[0], "; expected 0");
+    for (std::int64_t group = 0; group < num_groups(panels); ++group) {
+        const std::int64_t left = num_panels(panels) - group * kGroup;
+        const std::int64_t unit = (left < kGroup ? left : kGroup) * kPanel;
+        PYRUNTIME_CHECK(starts[group + 1] >= starts[group] && starts[group + 1] <= starts[group] + most * unit &&
+                            (starts[group + 1] - starts[group]) % unit == 0,
+                        "panels from ", group * kGroup, " on lie from word ", starts[group], " to ", starts[group + 1],
+                        "; expected up to ", most, " units of ", unit, " words");
+    }
+    return starts;
+}
+
 Panels panels_of(const py::handle& from) {
     Panels panels{};
     panels.inputs = size_of(from, "inputs", 1);
     panels.outputs = size_of(from, "outputs", 0);
     panels.dtype = dtype_of(from, "dtype");
     const std::int64_t padded = num_panels(panels) * kPanel;
-    panels.words = memory<std::uint32_t>(from, "words", padded * units_of(panels.dtype, panels.inputs));
+    panels.starts = starts_of(from, panels);
+    const std::int64_t words =
+        panels.starts == nullptr ? padded * units_of(panels.dtype, panels.inputs) : panels.starts[num_groups(panels)];
+    panels.words = memory<std::uint32_t>(from, "words", words);
     PYRUNTIME_CHECK(panels.words != nullptr || padded == 0, "a matrix of ", panels.outputs, " outputs has no words");
     panels.bias = memory<float>(from, "bias", padded);
     return panels;
@@ -147,6 +170,11 @@ StepParams embed_step(const Program& program, const Step& step) {
         params.table = step.memory_of<std::uint16_t>("table", vocab * params.size);
     }
     PYRUNTIME_CHECK(params.table != nullptr, "the embedding has no table");
+    params.num_positions = step.size("num_positions", 0);
+    const std::int64_t values = params.num_positions * params.size;
+    params.position_table = params.dtype == kFloat32
+                                ? static_cast<const void*>(step.memory_of<float>("position_table", values))
+                                : step.memory_of<std::uint16_t>("position_table", values);
     return params;
 }
 
@@ -189,17 +217,23 @@ void check_heads(std::int64_t num_heads, std::int64_t num_kv_heads) {
                     " key heads");
 }
 
-// a column of the product that has room for `width` values, or one of the two marks
-std::int64_t column_of(const Step& step, const char* name, std::int64_t width, const QkvRopeStep& params) {
-    const auto column = step[name].cast<std::int64_t>();
-    if (column == kNotComputed) {
-        return column;
+// `width` values of the input and of the product behind it: neighbours within one of them, or each by its number
+ValueSource source_of(const Step& step, const std::string& role, std::int64_t width, const QkvRopeStep& params) {
+    const std::int64_t known = params.in_size + params.matrix.outputs;
+    const std::string name = role + "_column", scattered = role + "_columns";
+    const auto column = step[name.c_str()].cast<std::int64_t>();
+    const auto* columns = step.memory_of<std::int32_t>(scattered.c_str(), width);
+    PYRUNTIME_CHECK(column >= kNotComputed && column <= known, name, " is ", column, "; expected 0 to ", known,
+                    ", or -1 (not computed)");
+    PYRUNTIME_CHECK(columns == nullptr || column == 0, name, " is ", column, " beside ", scattered, "; expected 0");
+    for (std::int64_t k = 0; columns != nullptr && k < width; ++k) {
+        PYRUNTIME_CHECK(columns[k] >= 0 && columns[k] < known, scattered, " holds ", columns[k], "; expected 0 to ",
+                        known - 1);
     }
-    PYRUNTIME_CHECK(column >= kMergedAway && column <= params.matrix.outputs, name, " is ", column,
-                    "; expected a column of ", params.matrix.outputs, ", -1 (not computed) or -2 (merged away)");
-    const std::int64_t room = column == kMergedAway ? params.in_size : params.matrix.outputs - column;
-    PYRUNTIME_CHECK(room >= width, name, " is ", column, " with room for ", room, " values; expected ", width);
-    return column;
+    const std::int64_t room = column < params.in_size ? params.in_size - column : known - column;
+    PYRUNTIME_CHECK(columns != nullptr || column == kNotComputed || room >= width, name, " is ", column,
+                    " with room for ", room, " values; expected ", width);
+    return {column, columns};
 }
 
 StepParams qkv_rope_step(const Program& program, const Step& step) {
@@ -213,15 +247,17 @@ StepParams qkv_rope_step(const Program& program, const Step& step) {
     params.head_dim = step.size("head_dim");
     check_heads(params.num_heads, params.num_kv_heads);
     const std::int64_t q_size = params.num_heads * params.head_dim, kv_size = params.num_kv_heads * params.head_dim;
-    params.q_column = column_of(step, "q_column", q_size, params);
-    params.k_column = column_of(step, "k_column", kv_size, params);
-    params.v_column = column_of(step, "v_column", kv_size, params);
-    PYRUNTIME_CHECK((params.k_column == kNotComputed) == (params.v_column == kNotComputed),
+    params.q = source_of(step, "q", q_size, params);
+    params.k = source_of(step, "k", kv_size, params);
+    params.v = source_of(step, "v", kv_size, params);
+    PYRUNTIME_CHECK((params.k.column == kNotComputed) == (params.v.column == kNotComputed),
                     "keys and values must both be computed, or neither");
     params.q_norm = step.norm("q_norm");
     params.k_norm = step.norm("k_norm");
     check_norm(params.q_norm, params.q_norm.size == params.head_dim ? params.head_dim : q_size);
+    params.v_norm = step.norm("v_norm");
     check_norm(params.k_norm, params.k_norm.size == params.head_dim ? params.head_dim : kv_size);
+    check_norm(params.v_norm, params.v_norm.size == params.head_dim ? params.head_dim : kv_size);
     params.rotary = step.rotary("rotary", &params.rope_half);
     PYRUNTIME_CHECK(2 * params.rope_half <= params.head_dim, "rope turns ", 2 * params.rope_half, " of ",
                     params.head_dim, " values");
@@ -229,7 +265,7 @@ StepParams qkv_rope_step(const Program& program, const Step& step) {
     PYRUNTIME_CHECK(params.slot < program.num_slots(), "cache slot ", params.slot, " of ", program.num_slots());
     params.cache_dtype = step.dtype("cache_dtype");
     params.in = step.place("input", params.in_size);
-    params.out = params.q_column == kNotComputed ? kNoPlace : step.place("out", q_size);
+    params.out = params.q.column == kNotComputed ? kNoPlace : step.place("out", q_size);
     return params;
 }
 
@@ -242,6 +278,13 @@ StepParams attention_step(const Program& program, const Step& step) {
     params.window = step.size("window", 0);
     params.scale = step.number("scale");
     params.softcap = step.number("softcap");
+    params.slopes = step.memory_of<float>("slopes", params.num_heads);
+    params.softmax_gain = step.memory_of<float>("softmax_gain", params.num_heads);
+    params.identity_gain = step.memory_of<float>("identity_gain", params.num_heads);
+    params.centre_gain = step.memory_of<float>("centre_gain", params.num_heads);
+    PYRUNTIME_CHECK((params.softmax_gain == nullptr) == (params.identity_gain == nullptr) &&
+                        (params.softmax_gain == nullptr) == (params.centre_gain == nullptr),
+                    "shaped attention has some of its three gains; expected all or none");
     params.slot = static_cast<std::int32_t>(step.size("slot", 0));
     PYRUNTIME_CHECK(params.slot < program.num_slots(), "cache slot ", params.slot, " of ", program.num_slots());
     params.cache_dtype = step.dtype("cache_dtype");

@@ -12,7 +12,7 @@ import torch
 from pyruntime.graph import build, fuse
 from pyruntime.ops import _native
 from pyruntime.plan import lower
-from pyruntime.spec import DropPlan, Embedding, Head, ModelSpec, drop_sublayers
+from pyruntime.spec import Cached, DropPlan, Embedding, Head, ModelSpec, Replacement, drop_sublayers
 from tests import naive
 from tests.helpers import TARGETS, all_logits, nmse, relative_error
 from tests.specs import (
@@ -24,6 +24,7 @@ from tests.specs import (
     PLAIN_MLP,
     REPLACEMENT,
     ROPE,
+    SLIM_ATTENTIONS,
     VOCAB,
     D,
     as_arrays,
@@ -31,9 +32,11 @@ from tests.specs import (
     lin,
     mlp_of,
     model_of,
+    pivoted,
     random_model,
     random_weights,
     rms,
+    tri,
 )
 
 # several pages of the reference's size, and of the C++ target's
@@ -61,7 +64,8 @@ def check(
         expected = torch.from_numpy(naive.logits(spec, as_arrays(random_weights(spec, dtype)), tokens))
         for graph in (build(spec), fuse(build(spec))):
             plan = lower(graph, model, dtype=name, target=target)
-            assert {step.implementation.target for step in plan.steps} == {target}
+            slim = any(attention.cached is not Cached.KEYS_VALUES for _, attention in spec.attentions())
+            assert {step.implementation.target for step in plan.steps} == {target, *(("reference",) if slim else ())}
             for chunk in chunks:
                 (found,) = all_logits(plan, [tokens], chunk)
                 if dtype is torch.bfloat16:
@@ -89,6 +93,14 @@ def test_last_attention_and_so_the_tail(name: str, target: str) -> None:
 
 
 @targets
+@pytest.mark.parametrize("tail", [True, False], ids=["last", "not last"])
+@pytest.mark.parametrize("name", SLIM_ATTENTIONS)
+def test_slim_attention(name: str, tail: bool, target: str) -> None:
+    slim = (SLIM_ATTENTIONS[name], PLAIN_MLP, False)
+    check(model_of([slim, (ATTENTION, None, False)] if not tail else [(ATTENTION, None, False), slim]), target)
+
+
+@targets
 @pytest.mark.parametrize("name", MLPS)
 def test_mlp(name: str, target: str) -> None:
     check(model_of([(ATTENTION, MLPS[name], False), (None, MLPS[name], False), (None, PLAIN_MLP, False)]), target)
@@ -106,6 +118,82 @@ def test_parallel_layers(dropped: str, target: str) -> None:
         "last attention": DropPlan((2,)),
     }
     check(drop_sublayers(spec, plans[dropped]), target)
+
+
+@targets
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+def test_parallel_layers_without_a_residual(normed: bool, merged: bool, target: str) -> None:
+    norm = rms() if normed else None
+    attention = replace(ATTENTIONS["query merged" if merged else "biases"], residual=False, pre=norm)
+    attention = replace(attention, o=None) if merged else attention
+    layer = (attention, replace(PLAIN_MLP, residual=False, pre=norm), True)
+    dtypes = (torch.float32, torch.bfloat16) if normed else (torch.float32,)
+    check(model_of([layer, layer, layer]), target, dtypes)
+    # one sublayer alone is what the layer gives
+    check(model_of([layer, (None, layer[1], True), (attention, None, True)]), target, dtypes)
+
+
+@targets
+def test_a_norm_free_skipless_model_whose_first_attention_is_a_table(target: str) -> None:
+    plain = {"residual": False, "pre": None}
+    attention = replace(ATTENTION, o=None, **plain)
+    first = replace(attention, q=None, k=None, v=None, table=True)
+    mlp = replace(PLAIN_MLP, **plain)
+    layers = [(first, mlp, False), (pivoted(attention), mlp, False), (replace(attention, q=None), mlp, False)]
+    check(model_of(layers, final_norm=None), target, (torch.float32,))
+
+
+@targets
+@pytest.mark.parametrize("name", ["table", "pivoted", "shaped", "alibi", "triangular query and output", "shortcut"])
+def test_neighbours_of_a_dropped_sublayer(name: str, target: str) -> None:
+    spec = model_of(
+        [(ATTENTION, PLAIN_MLP, False), (ATTENTIONS[name], PLAIN_MLP, False), (ATTENTION, PLAIN_MLP, False)]
+    )
+    for plan in (DropPlan((0, 2), ()), DropPlan((), (0, 1)), DropPlan((2,), (2,))):
+        check(drop_sublayers(spec, plan), target, chunks=(64, 1))
+
+
+@targets
+@pytest.mark.parametrize("tied", [True, False])
+def test_learned_positions(tied: bool, target: str) -> None:
+    embedding = Embedding(vocab_size=VOCAB, size=D, scale=1.7, positions=300)
+    attention = replace(ATTENTION, rope=None, pre=LAYER_NORM)
+    spec = model_of(
+        [(attention, PLAIN_MLP, False), (attention, None, False)],
+        embedding=embedding,
+        head=Head(linear=lin(D, VOCAB), tied=tied),
+    )
+    check(spec, target)
+    # the tail may begin with the embedding itself
+    check(drop_sublayers(spec, DropPlan((0, 1))), target, chunks=(64, 1))
+
+
+@targets
+def test_shortcuts_that_change_the_width(target: str) -> None:
+    narrow = replace(ATTENTION, o=lin(24, 20), shortcut=lin(D, 20))
+    wide = mlp_of(20, 40, shortcut=lin(20, 28, bias=True))
+    wide = replace(wide, down=lin(40, 28), post=rms(28))
+    replaced = Replacement(linear=lin(28, D), shortcut=lin(28, D))
+    check(model_of([(narrow, wide, False), (None, replaced, False), (ATTENTION, PLAIN_MLP, False)]), target)
+
+
+@targets
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 12])
+def test_alibi_of_any_number_of_heads(heads: int, target: str) -> None:
+    alibi = attention_of(D, heads, 1, 6, rope=None, alibi=True)
+    check(model_of([(alibi, PLAIN_MLP, False), (alibi, None, False)]), target)
+
+
+@targets
+@pytest.mark.parametrize("size", [16, 63, 64, 65, 130])
+def test_triangular_maps_that_fill_no_panel(size: int, target: str) -> None:
+    attention = attention_of(size, 1, 1, size, q=tri(size), o=tri(size, True), rope=None)
+    mlp = mlp_of(size, size, sub=rms(size))
+    layers = [(attention, replace(mlp, gate=tri(size), up=tri(size), down=tri(size)), False)]
+    layers.append((replace(attention, v=tri(size)), replace(mlp, gate=None, up=tri(size)), False))
+    ends = {"final_norm": rms(size), "head": Head(linear=lin(size, VOCAB), tied=False)}
+    check(model_of(layers, embedding=Embedding(vocab_size=VOCAB, size=size), **ends), target)
 
 
 @targets

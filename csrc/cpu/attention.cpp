@@ -48,6 +48,9 @@ struct State {
     float* queries;  // [head_dim][rows of the tile]
     float* weights;  // [rows][kAttentionBlock]: scores, then their exponentials
     float* sums;     // [rows][head_dim]: mix of values so far
+    float* visible;  // [rows][kAttentionBlock]: 1 where the row sees a position, else 0; shaped attention only
+    float* means;    // [rows][head_dim]: sum of the visible values so far; shaped attention only
+    int64_t head[kTileRows];
     float maximum[kTileRows];
     float total[kTileRows];
     Range seen[kTileRows];
@@ -178,11 +181,19 @@ void soften(const AttentionStep& step, State& state, int64_t r, int64_t begin, i
         if (step.softcap != 0.0f) {
             scores = step.softcap * tanh(scores / step.softcap);
         }
+        const IntVec position = lane_numbers() + static_cast<int32_t>(k);
+        if (step.slopes != nullptr) {
+            const IntVec distance = position + static_cast<int32_t>(begin - state.seen[r].last);
+            scores += step.slopes[state.head[r]] * __builtin_convertvector(distance, Vec);
+        }
         if (hides) {
-            const IntVec position = lane_numbers() + static_cast<int32_t>(k);
             scores = (position < first) | (position > last) ? splat(-INFINITY) : scores;
         }
         store(weights + k, scores);
+        if (step.softmax_gain != nullptr) {
+            const Vec one = splat(1.0f);
+            store(state.visible + r * kAttentionBlock + k, (position < first) | (position > last) ? Vec{} : one);
+        }
     }
     Vec best = splat(state.maximum[r]);
     for (int64_t k = 0; k < count; k += kLanes) {
@@ -206,9 +217,27 @@ void soften(const AttentionStep& step, State& state, int64_t r, int64_t begin, i
     }
 }
 
+// softmax_gain * mix + identity_gain * own value - centre_gain * mean, in place of the mix
+template <class Value>
+void shape_row(const Block<Value>& block, State& state, int64_t r) {
+    const AttentionStep& step = *block.step;
+    const int64_t head = state.head[r];
+    const Range seen = state.seen[r];
+    const float mixed = step.softmax_gain[head] / state.total[r];
+    const float centre = step.centre_gain[head] / static_cast<float>(seen.last - seen.first + 1);
+    const Value* own = block.values(seen.last / kPanel) + seen.last % kPanel * step.head_dim;
+    float* sums = state.sums + r * step.head_dim;
+    for (int64_t d = 0; d < step.head_dim; ++d) {
+        sums[d] =
+            mixed * sums[d] + step.identity_gain[head] * widen(own[d]) - centre * state.means[r * step.head_dim + d];
+    }
+    state.total[r] = 1.0f;
+}
+
 template <class Value, int M>
 void attend(const Block<Value>& block, State& state) {
     const AttentionStep& step = *block.step;
+    const bool shaped = step.softmax_gain != nullptr;
     Range all = state.seen[0];
     for (int r = 1; r < M; ++r) {
         all.first = state.seen[r].first < all.first ? state.seen[r].first : all.first;
@@ -229,9 +258,16 @@ void attend(const Block<Value>& block, State& state) {
         for (int64_t i = 0; i < strips; ++i) {
             // behind the last position the cache holds nothing, and nothing times zero may be no number
             const int64_t left = all.last + 1 - (strip + i) * kPanel;
-            mix_strip<Value, M>(block.values(strip + i), step.head_dim, state.weights + i * kPanel,
-                                left < kPanel ? left : kPanel, state.sums);
+            const int64_t count = left < kPanel ? left : kPanel;
+            const Value* values = block.values(strip + i);
+            mix_strip<Value, M>(values, step.head_dim, state.weights + i * kPanel, count, state.sums);
+            if (shaped) {
+                mix_strip<Value, M>(values, step.head_dim, state.visible + i * kPanel, count, state.means);
+            }
         }
+    }
+    for (int r = 0; shaped && r < M; ++r) {
+        shape_row(block, state, r);
     }
 }
 
@@ -255,11 +291,15 @@ void run_task(const AttentionStep& step, const RunContext& run, const ViewRows& 
     state.queries = own;
     state.weights = state.queries + kTileRows * step.head_dim;
     state.sums = state.weights + kTileRows * kAttentionBlock;
+    state.means = state.sums + kTileRows * step.head_dim;
+    state.visible = state.means + kTileRows * step.head_dim;
+    const bool shaped = step.softmax_gain != nullptr;
     int64_t at[kTileRows];
     for (int64_t r = 0; r < height; ++r) {
         const int64_t query = task.tile.first_row + r;
         const int64_t row = task.span->begin + query / group;
-        at[r] = row * width + (task.kv_head * group + query % group) * step.head_dim;
+        state.head[r] = task.kv_head * group + query % group;
+        at[r] = row * width + state.head[r] * step.head_dim;
         const int64_t last = rows.positions[row];
         const int64_t first = step.window == 0 || last < step.window ? 0 : last - step.window + 1;
         state.seen[r] = {first, last};
@@ -268,6 +308,9 @@ void run_task(const AttentionStep& step, const RunContext& run, const ViewRows& 
         for (int64_t d = 0; d < step.head_dim; ++d) {
             state.queries[d * height + r] = run.places[step.in][at[r] + d];
             state.sums[r * step.head_dim + d] = 0.0f;
+        }
+        for (int64_t d = 0; shaped && d < step.head_dim; ++d) {
+            state.means[r * step.head_dim + d] = 0.0f;
         }
     }
     if (step.cache_dtype == kFloat32) {

@@ -4,17 +4,16 @@
 namespace pyruntime::PYRUNTIME_ISA_NAMESPACE {
 namespace {
 
+float value_at(const void* table, int32_t dtype, int64_t at) {
+    return dtype == kFloat32 ? static_cast<const float*>(table)[at]
+                             : widen_bfloat16(static_cast<const uint16_t*>(table)[at]);
+}
+
 void read_row(const EmbedStep& step, int64_t token, float* out) {
     const bool wide = step.dtype == kFloat32;
     if (!step.in_panels) {
-        if (wide) {
-            const float* row = static_cast<const float*>(step.table) + token * step.size;
-            __builtin_memcpy(out, row, static_cast<size_t>(step.size) * sizeof(float));
-            return;
-        }
-        const uint16_t* row = static_cast<const uint16_t*>(step.table) + token * step.size;
         for (int64_t k = 0; k < step.size; ++k) {
-            out[k] = widen_bfloat16(row[k]);
+            out[k] = value_at(step.table, step.dtype, token * step.size + k);
         }
         return;
     }
@@ -38,6 +37,9 @@ void embed(const EmbedStep& step, const RunContext& run, View view, const Worker
             read_row(step, rows.token_ids[row], out);
             for (int64_t k = 0; step.scale != 1.0f && k < step.size; ++k) {
                 out[k] *= step.scale;
+            }
+            for (int64_t k = 0; step.position_table != nullptr && k < step.size; ++k) {
+                out[k] += value_at(step.position_table, step.dtype, rows.positions[row] * step.size + k);
             }
         }
     }

@@ -124,6 +124,16 @@ MultiplyGroup group_of(int64_t rows) {
     }
 }
 
+// the group of `count` panels from `panel` on; `units` are those of all inputs
+Operands operands_of(const Panels& panels, int64_t units, int64_t panel, int64_t count) {
+    const float* bias = panels.bias == nullptr ? nullptr : panels.bias + panel * kPanel;
+    if (panels.starts == nullptr) {
+        return {panels.words + panel * units * kPanel, bias, nullptr, units};
+    }
+    const int64_t* start = panels.starts + panel / kGroup;
+    return {panels.words + start[0], bias, nullptr, (start[1] - start[0]) / (count * kPanel)};
+}
+
 }  // namespace
 
 void matmul(const Panels& panels, const uint32_t* packed, int64_t rows, StoreTile store, const void* context,
@@ -136,8 +146,7 @@ void matmul(const Panels& panels, const uint32_t* packed, int64_t rows, StoreTil
     for (int64_t begin, end; take(worker, count, kGroup, &begin, &end);) {
         for (int64_t panel = begin; panel < end; panel += kGroup) {
             const int64_t in_group = panel + kGroup <= end ? kGroup : end - panel;
-            Operands at{panels.words + panel * units * kPanel, nullptr, packed, units};
-            at.bias = panels.bias == nullptr ? nullptr : panels.bias + panel * kPanel;
+            Operands at = operands_of(panels, units, panel, in_group);
             for (int64_t idx = 0; idx < tiles; ++idx) {
                 const Tile tile = tile_at(rows, idx);
                 at.x = packed + tile.first_row * units;

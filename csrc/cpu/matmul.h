@@ -11,8 +11,6 @@ namespace pyruntime::PYRUNTIME_ISA_NAMESPACE {
 constexpr int kVecs = kPanel / kLanes;
 constexpr int kSums = kLanes == 16 ? 24 : kLanes == 8 ? 12 : 8;
 constexpr int kTileRows = kSums / kVecs / (kLanes == 16 ? 2 : 1);
-// panels that one task takes at least; even, so that a gate and its up stay together
-constexpr int64_t kGroup = 4;
 
 static_assert(kTileRows <= kMaxTileRows, "scratch is sized for kMaxTileRows");
 

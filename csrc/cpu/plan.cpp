@@ -103,6 +103,10 @@ int Program::add_rotary(const Rotary& rotary) {
 
 void Program::add(const PlannedStep& step) {
     grow_scratch(step.params);
+    const EmbedStep* embed = std::get_if<EmbedStep>(&step.params);
+    if (embed != nullptr && embed->position_table != nullptr) {
+        position_limit_ = std::min(position_limit_, embed->num_positions);
+    }
     steps_.push_back(step);
 }
 
@@ -113,26 +117,29 @@ void Program::grow_scratch(const StepParams& params) {
         // a worker norms one row at a time, and may pack a tile of its own
         grow(own_floats_, rounded_up(inputs, kPanel) + kMaxTileRows * units_of(panels.dtype, inputs));
     };
-    std::visit(
-        Overloaded{
-            [&](const LinearStep& step) { packs(step.matrix, step.matrix.inputs); },
-            [&](const HeadStep& step) { packs(step.matrix, step.matrix.inputs); },
-            [&](const MlpStep& step) {
-                packs(step.gate_up, step.gate_up.inputs);
-                grow(hidden_words_, units_of(step.down.dtype, step.down.inputs));
-                packs(step.down, step.down.inputs);
-                grow(wide_floats_, step.sub.kind == kNoNorm ? 0 : step.down.inputs);
-            },
-            [&](const QkvRopeStep& step) {
-                packs(step.matrix, step.in_size);
-                grow(wide_floats_, step.matrix.outputs);
-                grow(normed_floats_, takes_input(step) ? step.in_size : 0);
-                grow(own_floats_, step.num_kv_heads * step.head_dim);
-            },
-            [&](const AttentionStep& step) { grow(own_floats_, kMaxTileRows * (2 * step.head_dim + kAttentionBlock)); },
-            [](const auto&) {},
-        },
-        params);
+    std::visit(Overloaded{
+                   [&](const LinearStep& step) { packs(step.matrix, step.matrix.inputs); },
+                   [&](const HeadStep& step) { packs(step.matrix, step.matrix.inputs); },
+                   [&](const MlpStep& step) {
+                       packs(step.gate_up, step.gate_up.inputs);
+                       grow(hidden_words_, units_of(step.down.dtype, step.down.inputs));
+                       packs(step.down, step.down.inputs);
+                       grow(wide_floats_, step.sub.kind == kNoNorm ? 0 : step.down.inputs);
+                   },
+                   [&](const QkvRopeStep& step) {
+                       packs(step.matrix, step.in_size);
+                       grow(wide_floats_, step.matrix.outputs);
+                       grow(normed_floats_, takes_input(step) && step.norm.kind != kNoNorm ? step.in_size : 0);
+                       grow(own_floats_, 2 * step.num_kv_heads * step.head_dim);
+                   },
+                   [&](const AttentionStep& step) {
+                       // means of values, and which positions they are taken over
+                       const std::int64_t shaped = step.softmax_gain == nullptr ? 0 : step.head_dim + kAttentionBlock;
+                       grow(own_floats_, kMaxTileRows * (2 * step.head_dim + kAttentionBlock + shaped));
+                   },
+                   [](const auto&) {},
+               },
+               params);
 }
 
 std::vector<Region> Program::regions(const std::int64_t (&rows)[kNumViews]) const {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <variant>
 #include <vector>
 
@@ -78,6 +79,8 @@ public:
     std::int64_t num_slots() const { return num_slots_; }
     const std::vector<PlaceWidths>& places() const { return places_; }
     const std::vector<Rotary>& rotaries() const { return rotaries_; }
+    // positions that a run may have, counted from 0
+    std::int64_t position_limit() const { return position_limit_; }
 
     // Where everything lies in the workspace of a run with so many rows: the places but the last, then the scratch.
     // Between two regions lie 64 bytes or more that nothing writes.
@@ -99,6 +102,7 @@ private:
     std::vector<PlaceWidths> places_;
     std::vector<Rotary> rotaries_;
     std::vector<PlannedStep> steps_;
+    std::int64_t position_limit_ = std::numeric_limits<std::int64_t>::max();
     // the most that any step needs: 32-bit words a row, then floats a worker
     std::int64_t packed_words_ = 0, hidden_words_ = 0, wide_floats_ = 0, normed_floats_ = 0, own_floats_ = 0;
 };

@@ -53,9 +53,20 @@ struct RowSource {
     int64_t width;
     int64_t in_size;
 
-    // the row's values of one projection: a column of the product, or the input itself
-    const float* at(int64_t row, int64_t column) const {
-        return column == kMergedAway ? normed + row * in_size : product + row * width + column;
+    float at(int64_t row, int64_t column) const {
+        return column < in_size ? normed[row * in_size + column] : product[row * width + column - in_size];
+    }
+
+    void read(const ValueSource& from, int64_t row, int64_t count, float* out) const {
+        if (from.columns != nullptr) {
+            for (int64_t k = 0; k < count; ++k) {
+                out[k] = at(row, from.columns[k]);
+            }
+            return;
+        }
+        const float* values = from.column < in_size ? normed + row * in_size + from.column
+                                                    : product + row * width + from.column - in_size;
+        __builtin_memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
     }
 };
 
@@ -64,17 +75,19 @@ void finish_row(const QkvRopeStep& step, const RunContext& run, View view, const
     const ViewRows& rows = run.views[view];
     const float* angles = step.rotary < 0 ? nullptr : run.rotaries[step.rotary] + row * 2 * step.rope_half;
     const int64_t q_size = step.num_heads * step.head_dim, kv_size = step.num_kv_heads * step.head_dim;
-    if (step.q_column != kNotComputed) {
+    if (step.q.column != kNotComputed) {
         float* queries = run.places[step.out] + row * q_size;
-        __builtin_memcpy(queries, source.at(row, step.q_column), static_cast<size_t>(q_size) * sizeof(float));
+        source.read(step.q, row, q_size, queries);
         finish_heads(queries, step.num_heads, step.q_norm, step, angles);
     }
-    if (step.k_column == kNotComputed) {
+    if (step.k.column == kNotComputed) {
         return;
     }
-    __builtin_memcpy(own, source.at(row, step.k_column), static_cast<size_t>(kv_size) * sizeof(float));
+    float* values = own + kv_size;
+    source.read(step.k, row, kv_size, own);
+    source.read(step.v, row, kv_size, values);
     finish_heads(own, step.num_kv_heads, step.k_norm, step, angles);
-    const float* values = source.at(row, step.v_column);
+    finish_heads(values, step.num_kv_heads, step.v_norm, step, nullptr);
     const CachePlace place{rows.slots[row] / run.page_size, rows.slots[row] % run.page_size, run.page_size};
     const KvPool& pool = run.pools[step.slot];
     if (step.cache_dtype == kFloat32) {
@@ -89,14 +102,16 @@ void finish_row(const QkvRopeStep& step, const RunContext& run, View view, const
 
 void qkv_rope(const QkvRopeStep& step, const RunContext& run, View view, const Worker& worker) {
     const int64_t rows = run.views[view].num_rows;
-    float* normed = takes_input(step) ? run.normed : nullptr;
-    const uint32_t* packed =
-        norm_and_pack(step.norm, run.places[step.in], step.in_size, rows, step.matrix.dtype, normed, run, worker);
-    if (step.matrix.outputs > 0) {
+    const float* in = run.places[step.in];
+    // without a norm the input itself is what the values are taken from
+    float* normed = takes_input(step) && step.norm.kind != kNoNorm ? run.normed : nullptr;
+    if (step.matrix.outputs > 0 || normed != nullptr) {
+        const uint32_t* packed =
+            norm_and_pack(step.norm, in, step.in_size, rows, step.matrix.dtype, normed, run, worker);
         const RowsOut to{run.wide, nullptr, step.matrix.outputs};
         matmul(step.matrix, packed, rows, store_rows, &to, worker);
     }
-    const RowSource source{run.wide, run.normed, step.matrix.outputs, step.in_size};
+    const RowSource source{run.wide, normed == nullptr ? in : normed, step.matrix.outputs, step.in_size};
     float* own = run.own + worker.index * run.own_floats;
     for (int64_t begin, end; take(worker, rows, 1, &begin, &end);) {
         for (int64_t row = begin; row < end; ++row) {

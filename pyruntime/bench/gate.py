@@ -12,8 +12,7 @@ from pyruntime.checkpoint import Model
 from pyruntime.engine.memory import available_memory
 from pyruntime.errors import RunError
 from pyruntime.graph import LOGITS, Graph, build
-from pyruntime.ops.cache import KvCache, KvShape
-from pyruntime.ops.qkv_rope import QkvRopeAttrs
+from pyruntime.ops.cache import KvCache
 from pyruntime.ops.step import SequenceSlice, Step, make_step
 from pyruntime.ops.table import OPS
 from pyruntime.plan import DTYPES, Plan
@@ -113,13 +112,8 @@ def _found(plan: Plan, sequences: list[list[int]]) -> torch.Tensor:
 
 def _reference(graph: Graph, model: Model, sequences: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
     """Logits of the reference, which forgets the weights of each op before it reads the next one's."""
-    shapes = tuple(
-        KvShape(node.attrs.attention.num_kv_heads, node.attrs.attention.head_dim)
-        for node in graph.nodes
-        if isinstance(node.attrs, QkvRopeAttrs) and node.attrs.cache
-    )
     slices = [_slice(i, each, 0, len(each)) for i, each in enumerate(sequences)]
-    step: Step = make_step(slices, KvCache(shapes, _NUM_PAGES, _PAGE_SIZE, dtype))
+    step: Step = make_step(slices, KvCache(graph.kv_shapes(), _NUM_PAGES, _PAGE_SIZE, dtype))
     buffers: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for node in graph.nodes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pyruntime.errors import UsageError
 from pyruntime.graph.node import LOGITS, Graph, Node
 from pyruntime.ops.add import AddAttrs
 from pyruntime.ops.attention import AttentionAttrs
@@ -14,10 +13,23 @@ from pyruntime.ops.gather import GatherAttrs
 from pyruntime.ops.head import HeadAttrs
 from pyruntime.ops.linear import LinearAttrs
 from pyruntime.ops.mlp import MlpAttrs
+from pyruntime.ops.moe import MoeAttrs
 from pyruntime.ops.norm import NormAttrs
 from pyruntime.ops.qkv_rope import QkvRopeAttrs
 from pyruntime.ops.step import Rows
-from pyruntime.spec import MLP, Attention, Layer, ModelSpec, MoE, Norm, Replacement, Sublayer, sublayer_prefix
+from pyruntime.spec import (
+    MLP,
+    Attention,
+    Embedding,
+    Layer,
+    Linear,
+    ModelSpec,
+    MoE,
+    Norm,
+    Replacement,
+    Sublayer,
+    sublayer_prefix,
+)
 
 
 def build(spec: ModelSpec) -> Graph:
@@ -25,9 +37,10 @@ def build(spec: ModelSpec) -> Graph:
 
     KV slots are numbered densely over the kept attentions.
     """
-    builder = _Builder()
+    builder = _Builder(spec.vocab_size)
     embed = EmbedAttrs(spec.embedding, shared=spec.head.tied)
-    stream = builder.add("embed", "embed", embed, (), {"weight": "embedding.weight"})
+    tables = {role: f"embedding.{role}" for role in embed.weight_shapes()}
+    stream = builder.add("embed", "embed", embed, (), tables)
     for layer in spec.layers:
         stream = builder.layer(layer, stream)
     stream = builder.add("wanted", "gather", GatherAttrs(spec.head.linear.in_features), (stream,), rows=Rows.WANTED)
@@ -41,6 +54,7 @@ def build(spec: ModelSpec) -> Graph:
 
 @dataclass(slots=True)
 class _Builder:
+    vocab_size: int
     nodes: list[Node] = field(default_factory=list)
     num_slots: int = 0
 
@@ -69,17 +83,31 @@ class _Builder:
         return self.add(name, "norm", attrs, (x,), {role: f"{prefix}.{role}" for role in attrs.weight_shapes()}, rows)
 
     def layer(self, layer: Layer, stream: str) -> str:
-        """Serial sublayers feed one into the other; parallel ones read the same stream and add to it in turn."""
+        """Serial sublayers feed one into the other; parallel ones read the same stream, and what they give is added."""
         entry = stream
+        # what the next sublayer's output is added to, where something is
+        total: str | None = None
         for kind, sublayer in layer.sublayers():
             prefix = sublayer_prefix(layer.index, kind)
-            x = self.norm(prefix + "pre", sublayer.pre, prefix + "pre", entry if layer.parallel else stream)
+            source = entry if layer.parallel else stream
+            if sublayer.residual and total is None:
+                total = self.linear(prefix + "shortcut", sublayer.shortcut, source)
+            x = self.norm(prefix + "pre", sublayer.pre, prefix + "pre", source)
             y = self.body(prefix, sublayer, x)
             y = self.norm(prefix + "post", sublayer.post, prefix + "post", y)
-            if sublayer.residual:
-                y = self.add(prefix + "add", "add", AddAttrs(sublayer.out_size), (stream, y))
+            if total is not None:
+                y = self.add(prefix + "add", "add", AddAttrs(sublayer.out_size), (total, y))
+            total = y if layer.parallel else None
             stream = y
         return stream
+
+    def linear(self, name: str, linear: Linear | None, x: str) -> str:
+        """A linear map and its node by one name; one that is absent gives its input."""
+        if linear is None:
+            return x
+        attrs = LinearAttrs(linear)
+        weights = {role: role.replace("linear", name) for role in attrs.weight_shapes()}
+        return self.add(name, "linear", attrs, (x,), weights)
 
     def body(self, prefix: str, sublayer: Sublayer, x: str) -> str:
         match sublayer:
@@ -89,23 +117,22 @@ class _Builder:
                 mlp = MlpAttrs(sublayer)
                 return self.add(prefix + "mlp", "mlp", mlp, (x,), {role: prefix + role for role in mlp.weight_shapes()})
             case MoE():
-                raise UsageError("SPEC", f"{prefix} is a mixture of experts, which no target runs")
+                moe = MoeAttrs(sublayer)
+                return self.add(prefix + "moe", "moe", moe, (x,), {role: prefix + role for role in moe.weight_shapes()})
             case Replacement():
-                linear = LinearAttrs(sublayer.linear)
-                return self.add(prefix + "linear", "linear", linear, (x,), _own(linear, prefix))
+                return self.linear(prefix + "linear", sublayer.linear, x)
 
     def attention(self, prefix: str, attention: Attention, x: str) -> str:
         slot = self.num_slots
         self.num_slots += 1
         qkv = QkvRopeAttrs(attention, slot)
+        if attention.table:
+            rows = EmbedAttrs(Embedding(vocab_size=self.vocab_size, size=qkv.in_size))
+            x = self.add(prefix + "table", "embed", rows, (), {"weight": f"{prefix}table.weight"})
         q = self.add(prefix + "qkv", "qkv_rope", qkv, (x,), {role: prefix + role for role in qkv.weight_shapes()})
-        y = self.add(prefix + "attend", "attention", AttentionAttrs(attention, slot), (q,))
+        attend = AttentionAttrs(attention, slot)
+        y = self.add(
+            prefix + "attend", "attention", attend, (q,), {role: prefix + role for role in attend.weight_shapes()}
+        )
         y = self.norm(prefix + "sub", attention.sub, prefix + "sub", y)
-        if attention.o is None:
-            return y
-        o = LinearAttrs(attention.o)
-        return self.add(prefix + "o", "linear", o, (y,), _own(o, prefix, "o"))
-
-
-def _own(attrs: LinearAttrs, prefix: str, name: str = "linear") -> dict[str, str]:
-    return {role: prefix + role.replace("linear", name) for role in attrs.weight_shapes()}
+        return self.linear(prefix + "o", attention.o, y)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pyruntime.graph.node import Node
 from pyruntime.ops.attention import AttentionAttrs
 from pyruntime.ops.embed import EmbedAttrs
+from pyruntime.ops.moe import MoeAttrs
 from pyruntime.ops.qkv_rope import QkvRopeAttrs
 from pyruntime.ops.step import Rows
 
@@ -55,12 +56,17 @@ def _node_cost(node: Node, work: Sequence[SequenceWork], itemsize: int) -> Cost:
     match node.attrs:
         case EmbedAttrs(embedding=embedding):
             # a look-up reads its rows, not the table
-            return Cost(weight_bytes=rows * embedding.size * itemsize)
+            tables = 1 if embedding.positions is None else 2
+            return Cost(weight_bytes=rows * tables * embedding.size * itemsize)
         case QkvRopeAttrs(cache=True, attention=attention):
-            return Cost(weight_bytes, rows * 2 * attention.kv_size * itemsize, flops)
+            return Cost(weight_bytes, rows * attention.cached_size * itemsize, flops)
         case AttentionAttrs(attention=attention) as attrs:
             pairs, seen = _visible(attrs, work, counts)
-            return Cost(0, seen * 2 * attention.kv_size * itemsize, pairs * attrs.flops_per_pair())
+            flops += pairs * attrs.flops_per_pair() + seen * attrs.flops_per_seen()
+            return Cost(weight_bytes, seen * attention.cached_size * itemsize, flops)
+        case MoeAttrs() as attrs:
+            # experts that no row of the step chooses are not read
+            return Cost(round(itemsize * attrs.values_read(rows)), 0, flops)
     return Cost(weight_bytes, 0, flops)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pyruntime.ops.attrs import Attrs
+from pyruntime.ops.cache import KvShape
+from pyruntime.ops.qkv_rope import QkvRopeAttrs
 from pyruntime.ops.step import Rows
 
 LOGITS = "logits"
@@ -41,6 +43,11 @@ class Graph:
             for buffer in dict.fromkeys(node.inputs):
                 found[buffer] = (*found.get(buffer, ()), node)
         return found
+
+    def kv_shapes(self) -> tuple[KvShape, ...]:
+        """What one token leaves in each cache slot."""
+        attrs = (node.attrs for node in self.nodes)
+        return tuple(each.kv_shape() for each in attrs if isinstance(each, QkvRopeAttrs) and each.cache)
 
     def widths(self) -> Mapping[str, int]:
         """Values per row of each buffer."""

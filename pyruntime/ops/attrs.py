@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from pyruntime.spec import Linear, Norm
@@ -34,7 +35,7 @@ def linear_shapes(role: str, linear: Linear | None) -> dict[str, Shape]:
     if linear is None:
         return {}
     bias = {f"{role}.bias": (linear.out_features,)} if linear.bias else {}
-    return {f"{role}.weight": (linear.out_features, linear.in_features), **bias}
+    return {f"{role}.weight": linear.weight_shape, **bias}
 
 
 def norm_shapes(role: str, norm: Norm | None) -> dict[str, Shape]:
@@ -47,4 +48,4 @@ def norm_shapes(role: str, norm: Norm | None) -> dict[str, Shape]:
 
 def linear_flops(*linears: Linear | None) -> int:
     """Multiply-adds of the linear maps for one row, times two."""
-    return sum(2 * linear.in_features * linear.out_features for linear in linears if linear is not None)
+    return sum(2 * math.prod(linear.weight_shape) for linear in linears if linear is not None)

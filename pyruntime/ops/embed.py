@@ -1,4 +1,4 @@
-"""K0: rows of the embedding table."""
+"""K0: rows of the embedding table, and of a table of learned positions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class EmbedAttrs:
     shared: bool = False
 
     def weight_shapes(self) -> dict[str, Shape]:
-        """The table."""
-        return {"weight": (self.embedding.vocab_size, self.embedding.size)}
+        """The table, and that of positions."""
+        table: dict[str, Shape] = {"weight": (self.embedding.vocab_size, self.embedding.size)}
+        known = self.embedding.positions
+        return table if known is None else {**table, "position.weight": (known, self.embedding.size)}
 
     def in_widths(self) -> tuple[int, ...]:
         """No buffer: token ids come with the step."""
@@ -44,14 +46,16 @@ def reference(
     """[rows, hidden], scaled, in the dtype that sums are kept in."""
     rows = weights["weight"][view.token_ids]
     rows = rows.to(torch.float64 if rows.dtype is torch.float64 else torch.float32)
-    return (rows if attrs.embedding.scale == 1.0 else rows * attrs.embedding.scale,)
+    rows = rows if attrs.embedding.scale == 1.0 else rows * attrs.embedding.scale
+    return (rows if attrs.embedding.positions is None else rows + weights["position.weight"][view.positions],)
 
 
 def layouts(attrs: EmbedAttrs) -> dict[str, Layout]:
     """The table as stored, or in the panels that the head needs, so that it is kept once."""
+    positions = {} if attrs.embedding.positions is None else {"positions": stored("position.weight")}
     if not attrs.shared:
-        return {"table": stored("weight")}
-    return {"table": Layout(LayoutKind.PANELS, ("weight",), (attrs.embedding.vocab_size,))}
+        return {"table": stored("weight"), **positions}
+    return {"table": Layout(LayoutKind.PANELS, ("weight",), (attrs.embedding.vocab_size,)), **positions}
 
 
 def on_cpu(attrs: EmbedAttrs, node: NativeNode) -> list[NativeStep]:
@@ -65,6 +69,8 @@ def on_cpu(attrs: EmbedAttrs, node: NativeNode) -> list[NativeStep]:
             in_panels=attrs.shared,
             size=embedding.size,
             scale=embedding.scale,
+            num_positions=embedding.positions or 0,
+            position_table=node.memory("positions"),
             out=node.outputs[0],
         )
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -15,6 +17,8 @@ from pyruntime.ops.memory import alloc_weights
 from pyruntime.spec import Linear, Norm, NormKind
 
 PANEL: Final = 16
+# panels that are equally long (steps.h: kGroup)
+GROUP: Final = 4
 
 
 class LayoutKind(StrEnum):
@@ -27,19 +31,25 @@ class LayoutKind(StrEnum):
     GATED_PANELS = "gated panels"  # a panel of the first source, then the same panel of the second, and so on
     PANEL_VALUES = "panel values"  # float32, a value for each output of each panel
     GATED_PANEL_VALUES = "gated panel values"
+    PANEL_STARTS = "panel starts"  # int64, where each group of panels starts, of matrices with triangular parts
+    GATED_PANEL_STARTS = "gated panel starts"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One tensor made of `sources` (roles of an op, or names of weights). None: zeros; `sizes` are outputs."""
+    """One tensor made of `sources` (roles of an op, or names of weights). None: zeros; `sizes` are outputs.
+
+    `rows` are the outputs that are kept, in this order, or None for all.
+    """
 
     kind: LayoutKind
     sources: tuple[str | None, ...]
     sizes: tuple[int, ...] = ()
+    rows: tuple[int, ...] | None = None
 
     def named(self, names: Mapping[str, str]) -> Layout:
         """The same with roles replaced by the names of weights; equal ones hold equal values."""
-        return Layout(self.kind, tuple(None if role is None else names[role] for role in self.sources), self.sizes)
+        return replace(self, sources=tuple(None if role is None else names[role] for role in self.sources))
 
 
 def stored(role: str) -> Layout:
@@ -60,18 +70,27 @@ def norm_layouts(role: str, norm: Norm | None) -> dict[str, Layout]:
     return layouts
 
 
-def matrix_layouts(name: str, linears: Mapping[str, Linear | None], gated: bool = False) -> dict[str, Layout]:
-    """One matrix `name` of the linear maps that exist, by role, with `name`.bias where one of them has a bias."""
+def matrix_layouts(
+    name: str, linears: Mapping[str, Linear | None], gated: bool = False, rows: tuple[int, ...] | None = None
+) -> dict[str, Layout]:
+    """One matrix `name` of the linear maps that exist, by role, or of some `rows` of it.
+
+    Beside it stand `name`.bias where one of them has a bias, and `name`.starts where one of them is triangular.
+    """
     kept = {role: linear for role, linear in linears.items() if linear is not None}
     if not kept:
         return {}
     sizes = tuple(linear.out_features for linear in kept.values())
     kind = LayoutKind.GATED_PANELS if gated else LayoutKind.PANELS
-    layouts = {name: Layout(kind, tuple(f"{role}.weight" for role in kept), sizes)}
+    weights = tuple(f"{role}.weight" for role in kept)
+    layouts = {name: Layout(kind, weights, sizes, rows)}
+    if any(linear.triangular for linear in kept.values()):
+        starts = LayoutKind.GATED_PANEL_STARTS if gated else LayoutKind.PANEL_STARTS
+        layouts[f"{name}.starts"] = Layout(starts, weights, sizes, rows)
     if any(linear.bias for linear in kept.values()):
         values = LayoutKind.GATED_PANEL_VALUES if gated else LayoutKind.PANEL_VALUES
         biases = tuple(f"{role}.bias" if linear.bias else None for role, linear in kept.items())
-        layouts[f"{name}.bias"] = Layout(values, biases, sizes)
+        layouts[f"{name}.bias"] = Layout(values, biases, sizes, rows)
     return layouts
 
 
@@ -85,15 +104,33 @@ def arrange(layout: Layout, sources: Sequence[Tensor | None]) -> Tensor:
         case LayoutKind.VECTOR_PLUS_ONE:
             return _one(sources).float() + 1
         case LayoutKind.PANELS | LayoutKind.GATED_PANELS:
-            matrices = [source for source in sources if source is not None]
-            return _panels(matrices, gated=layout.kind is LayoutKind.GATED_PANELS)
+            return _panels(layout, _present(sources))
+        case LayoutKind.PANEL_STARTS | LayoutKind.GATED_PANEL_STARTS:
+            return _starts(layout, _present(sources))
         case LayoutKind.PANEL_VALUES | LayoutKind.GATED_PANEL_VALUES:
             pairs = zip(sources, layout.sizes, strict=True)
             values = [torch.zeros(size, device="cpu") if source is None else source.float() for source, size in pairs]
             columns = [_by_panel(each[:, None]) for each in values]
             if layout.kind is LayoutKind.GATED_PANEL_VALUES:
                 return torch.stack([column.flatten(1) for column in columns], dim=1).flatten()
-            return _by_panel(torch.cat(values)[:, None]).flatten()
+            return _by_panel(_rows_of(layout, torch.cat(values))[:, None]).flatten()
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """A matrix as it is; a triangular one, whose rows are stored without zeros [n (n + 1) / 2], as [n, n]."""
+    if weight.dim() == 2:
+        return weight
+    size = (math.isqrt(8 * weight.numel() + 1) - 1) // 2
+    kept = torch.ones((size, size), dtype=torch.bool, device=weight.device).tril()
+    return weight.new_zeros((size, size)).masked_scatter(kept, weight)
+
+
+def _present(sources: Sequence[Tensor | None]) -> list[Tensor]:
+    return [source for source in sources if source is not None]
+
+
+def _rows_of(layout: Layout, rows: Tensor) -> Tensor:
+    return rows if layout.rows is None else rows[list(layout.rows)]
 
 
 def _one(sources: Sequence[Tensor | None]) -> Tensor:
@@ -102,16 +139,45 @@ def _one(sources: Sequence[Tensor | None]) -> Tensor:
     return source
 
 
-def _panels(matrices: Sequence[Tensor], gated: bool) -> Tensor:
-    """[panels, units, 16] int32 (`gated`: [panels, 2, units, 16]) of matrices [outputs, inputs]."""
-    if gated:
-        blocks = [_by_panel(_words(matrix)) for matrix in matrices]
-        out = alloc_weights((blocks[0].shape[0], len(blocks), *blocks[0].shape[1:]), torch.int32)
-        for i, block in enumerate(blocks):
-            out[:, i].copy_(block)
+def _panels(layout: Layout, matrices: Sequence[Tensor]) -> Tensor:
+    """Words, int32: [panels, units, 16] (gated: [panels, 2, units, 16]), or without what the groups do not read."""
+    words = [_words(unpacked(matrix)) for matrix in matrices]
+    if layout.kind is LayoutKind.GATED_PANELS:
+        blocks = [_by_panel(each) for each in words]
+        shape: tuple[int, ...] = (blocks[0].shape[0], len(blocks), *blocks[0].shape[1:])
+    else:
+        block = _by_panel(_rows_of(layout, words[0] if len(words) == 1 else torch.cat(words)))
+        blocks, shape = [block], block.shape
+    if all(matrix.dim() == 2 for matrix in matrices):
+        out = alloc_weights(shape, torch.int32)
+        for i, each in enumerate(blocks):
+            (out[:, i] if len(shape) == 4 else out).copy_(each)
         return out
-    block = _by_panel(_words(matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))))
-    return alloc_weights(block.shape, torch.int32).copy_(block)
+    panels = torch.stack(blocks, dim=1).flatten(0, 1)
+    lengths = _lengths(layout, matrices)
+    out = alloc_weights((sum(lengths),), torch.int32)
+    for group, part in zip(panels.split(GROUP), out.split(lengths), strict=True):
+        part.view(group.shape[0], -1, PANEL).copy_(group[:, : part.numel() // (group.shape[0] * PANEL)])
+    return out
+
+
+def _starts(layout: Layout, matrices: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(_lengths(layout, matrices))], dtype=torch.int64)
+
+
+def _lengths(layout: Layout, matrices: Sequence[Tensor]) -> list[int]:
+    """Words of each group of panels, whose panels are as long as their longest output needs."""
+    per_unit = 2 if matrices[0].dtype is torch.bfloat16 else 1
+    needs = [
+        torch.arange(1, size + 1) if matrix.dim() == 1 else torch.full((size,), matrix.shape[1])
+        for matrix, size in zip(matrices, layout.sizes, strict=True)
+    ]
+    if layout.kind in (LayoutKind.GATED_PANELS, LayoutKind.GATED_PANEL_STARTS):
+        columns = torch.stack([_by_panel(each[:, None]) for each in needs], dim=1).flatten(0, 1)
+    else:
+        columns = _by_panel(_rows_of(layout, torch.cat(needs))[:, None])
+    groups = columns.amax(dim=(1, 2)).split(GROUP)
+    return [-(-int(group.max()) // per_unit) * len(group) * PANEL for group in groups]
 
 
 def _words(matrix: Tensor) -> Tensor:

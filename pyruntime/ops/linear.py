@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pyruntime.ops.attrs import Shape, linear_flops, linear_shapes, norm_shapes
-from pyruntime.ops.layout import Layout, matrix_layouts, norm_layouts
+from pyruntime.ops.layout import Layout, matrix_layouts, norm_layouts, unpacked
 from pyruntime.ops.native_step import NativeNode, NativeStep
 from pyruntime.ops.norm import norm_of
 from pyruntime.ops.step import View
@@ -69,4 +69,5 @@ def project(role: str, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> 
     weight = weights.get(f"{role}.weight")
     if weight is None:
         return x
-    return torch.nn.functional.linear(x.to(weight.dtype), weight, weights.get(f"{role}.bias")).to(x.dtype)
+    matrix = unpacked(weight)
+    return torch.nn.functional.linear(x.to(weight.dtype), matrix, weights.get(f"{role}.bias")).to(x.dtype)

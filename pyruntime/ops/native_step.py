@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 from pyruntime.ops.layout import PANEL
-from pyruntime.spec import Norm, NormKind, Rope
+from pyruntime.spec import Attention, Cached, Norm, NormKind, Rope
 
 # address and number of elements
 Memory = tuple[int, int]
@@ -27,7 +27,8 @@ class NativeStep:
 class NativeNode:
     """A node of the plan as an op's `on_cpu` sees it: arranged weights, places of buffers, the plan's dtype.
 
-    `rotary` gives the number of the table of angles of a rope, for the node's rows.
+    `rotary` gives the number of the table of angles of a rope, for the node's rows; `keep` gives the place of a tensor
+    that is no weight, and holds it as long as the program.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -36,6 +37,7 @@ class NativeNode:
     wanted: bool
     dtype: torch.dtype
     rotary: Callable[[Rope], int]
+    keep: Callable[[torch.Tensor], Memory]
 
     @property
     def dtype_name(self) -> str:
@@ -65,8 +67,9 @@ class NativeNode:
 
     def matrix(self, name: str, inputs: int, outputs: int) -> SimpleNamespace:
         """Fields of a matrix that was arranged in panels under `name`."""
-        words, bias = self.memory(name), self.memory(f"{name}.bias")
-        return SimpleNamespace(inputs=inputs, outputs=outputs, dtype=self.dtype_name, words=words, bias=bias)
+        words, bias, starts = (self.memory(each) for each in (name, f"{name}.bias", f"{name}.starts"))
+        sizes = {"inputs": inputs, "outputs": outputs, "dtype": self.dtype_name}
+        return SimpleNamespace(**sizes, words=words, bias=bias, starts=starts)
 
 
 def padded(outputs: int) -> int:
@@ -75,7 +78,14 @@ def padded(outputs: int) -> int:
 
 
 def refused_dtype(attrs: object, dtype: torch.dtype) -> str | None:
-    """Why the C++ kernels cannot run a dtype, or None; what a specification can express, they all run."""
+    """Why the C++ kernels cannot run a dtype, or None."""
     if dtype in (torch.float32, torch.bfloat16):
         return None
     return f"its kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+
+
+def refused_cache(attention: Attention) -> str | None:
+    """Why the C++ kernels cannot read and write the cache of an attention, or None."""
+    if attention.cached is Cached.KEYS_VALUES:
+        return None
+    return f"its kernels cache keys and values, not {attention.cached} alone (slim attention)"

@@ -55,12 +55,16 @@ class Program:
         key = (spec, wanted)
         if key not in self._rotaries:
             frequencies = rope.inverse_frequencies(spec).cpu().contiguous()
-            self._kept.append(frequencies)
             factor = 1.0 if spec.attention_factor is None else spec.attention_factor
-            where = (frequencies.data_ptr(), frequencies.numel())
+            where = self.keep(frequencies)
             fields = SimpleNamespace(half=frequencies.numel(), frequencies=where, factor=factor, wanted=wanted)
             self._rotaries[key] = self._native.add_rotary(fields)
         return self._rotaries[key]
+
+    def keep(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """Address and number of elements of a tensor that lives as long as the program."""
+        self._kept.append(tensor)
+        return tensor.data_ptr(), tensor.numel()
 
     def add(self, step: NativeStep, weights: Sequence[torch.Tensor]) -> None:
         """Append a step that reads `weights`."""

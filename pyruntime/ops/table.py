@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from pyruntime.ops import add, attention, embed, gather, head, linear, mlp, mlp_chain, norm, qkv_rope
+from pyruntime.ops import add, attention, embed, gather, head, linear, mlp, mlp_chain, moe, norm, qkv_rope
 from pyruntime.ops.layout import Layout, stored
 from pyruntime.ops.native_step import NativeNode, NativeStep, refused_dtype
 from pyruntime.ops.step import View
@@ -45,9 +45,8 @@ class Implementation:
 
 
 def _cpu(module: Any) -> Implementation:
-    return Implementation(
-        "cpu", emit=module.on_cpu, layouts=getattr(module, "layouts", _as_stored), refuses=refused_dtype
-    )
+    layouts, refuses = getattr(module, "layouts", _as_stored), getattr(module, "refuses", refused_dtype)
+    return Implementation("cpu", emit=module.on_cpu, layouts=layouts, refuses=refuses)
 
 
 _STEMS: Final = (embed, norm, qkv_rope, attention, linear, mlp, mlp_chain, add, gather, head)
@@ -55,4 +54,4 @@ _STEMS: Final = (embed, norm, qkv_rope, attention, linear, mlp, mlp_chain, add, 
 OPS: Final[dict[str, tuple[Implementation, ...]]] = {
     module.__name__.rpartition(".")[2]: (Implementation("reference", run=module.reference), _cpu(module))
     for module in _STEMS
-}
+} | {"moe": (Implementation("reference", run=moe.reference),)}

@@ -77,7 +77,8 @@ def _context(each: PlanStep, step: Step) -> _Left:
         return {}
     spans = step.view(each.node.rows).spans
     pairs = [step.cache.read(attrs.slot, span.pages, span.context) for span in spans]
-    kinds = zip(("keys", "values"), zip(*pairs, strict=True), strict=True)
+    # slim attention has no values
+    kinds = zip(("keys", "values"), zip(*pairs, strict=True), strict=False)
     return {f"{kind} of cache slot {attrs.slot}": torch.cat(parts) for kind, parts in kinds}
 
 

@@ -15,11 +15,9 @@ from pyruntime.checkpoint.weight import TensorRef, check_finite
 from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.graph import LOGITS, Graph, Node, verify
 from pyruntime.ops import _native
-from pyruntime.ops.cache import KvShape
 from pyruntime.ops.layout import Layout, arrange
 from pyruntime.ops.native_step import NativeNode, refused_dtype
 from pyruntime.ops.program import Program
-from pyruntime.ops.qkv_rope import QkvRopeAttrs
 from pyruntime.ops.step import Rows
 from pyruntime.ops.table import OPS, Implementation
 from pyruntime.plan.plan import Plan, PlanStep
@@ -74,11 +72,6 @@ def lower(
         )
         for node, (implementation, reason) in zip(graph.nodes, choices, strict=True)
     )
-    kv_shapes = tuple(
-        KvShape(node.attrs.attention.num_kv_heads, node.attrs.attention.head_dim)
-        for node in graph.nodes
-        if isinstance(node.attrs, QkvRopeAttrs) and node.attrs.cache
-    )
     plan = Plan(
         target=target,
         dtype=torch_dtype,
@@ -87,7 +80,7 @@ def lower(
         num_places=max(places.values()) + 1,
         vocab_size=model.spec.vocab_size,
         max_position=model.spec.max_position,
-        kv_shapes=kv_shapes,
+        kv_shapes=graph.kv_shapes(),
     )
     return plan if all(step.implementation.emit is None for step in steps) else _with_program(plan, graph)
 
@@ -226,6 +219,7 @@ class _Emitter:
             wanted=wanted,
             dtype=self.dtype,
             rotary=lambda rope: self.program.rotary(rope, wanted),
+            keep=self.program.keep,
         )
         begin = self.program.num_steps
         for native in step.implementation.emit(step.node.attrs, node):

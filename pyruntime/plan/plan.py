@@ -64,8 +64,7 @@ class Plan:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token leaves in the cache, over all kept attentions."""
-        values = sum(2 * shape.num_kv_heads * shape.head_dim for shape in self.kv_shapes)
-        return values * self.dtype.itemsize
+        return sum(shape.num_values for shape in self.kv_shapes) * self.dtype.itemsize
 
     def new_cache(self, num_pages: int, page_size: int) -> KvCache:
         """An empty cache for this plan. Raises UsageError for a page size that the plan's kernels cannot read."""

@@ -240,6 +240,7 @@ class Head:
 
     def __post_init__(self) -> None:
         check_bool("head tied", self.tied)
+        require(not (self.tied and self.linear.triangular), "a tied head uses the embedding, which is not triangular")
         if self.softcap is not None:
             check_real("head softcap", self.softcap, 0.0, 1e6)
 

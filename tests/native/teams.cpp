@@ -86,15 +86,18 @@ struct Tiny {
         const NormWeights none{nullptr, nullptr, 0, 0.0f, kNoNorm};
         const auto* words = reinterpret_cast<const std::uint32_t*>(identity.data());
         const auto* zeros = reinterpret_cast<const std::uint32_t*>(zero.data());
-        const Panels square{words, nullptr, kSize, kSize, kFloat32}, head{words, nullptr, kSize, kVocab, kFloat32};
-        const Panels nothing{zeros, nullptr, kSize, kSize, kFloat32};
-        program.add({EmbedStep{table.data(), kSize, kFloat32, 0, 1.0f, 0}, kAllRows});
+        const Panels square{words, nullptr, nullptr, kSize, kSize, kFloat32};
+        const Panels head{words, nullptr, nullptr, kSize, kVocab, kFloat32};
+        const Panels nothing{zeros, nullptr, nullptr, kSize, kSize, kFloat32};
+        program.add({EmbedStep{table.data(), nullptr, 0, kSize, kFloat32, 0, 1.0f, 0}, kAllRows});
         program.add({LinearStep{none, square, 0, 0, 1}, kAllRows});
         program.add({MlpStep{none, none, square, square, 0, kRelu, 1, 1, 1}, kAllRows});
-        program.add({QkvRopeStep{none, nothing, none, none, kSize, 0, kMergedAway, kMergedAway, 1, 1, kSize, 0, -1, 0,
+        const ValueSource product{kSize, nullptr}, input{0, nullptr};
+        program.add({QkvRopeStep{none, nothing, none, none, none, kSize, product, input, input, 1, 1, kSize, 0, -1, 0,
                                  kFloat32, 1, 2},
                      kAllRows});
-        program.add({AttentionStep{1, 1, kSize, 0, 1.0f, 0.0f, 0, kFloat32, 2, 3}, kAllRows});
+        program.add({AttentionStep{nullptr, nullptr, nullptr, nullptr, 1, 1, kSize, 0, 1.0f, 0.0f, 0, kFloat32, 2, 3},
+                     kAllRows});
         program.add({GatherStep{kSize, 3, 4}, kWantedRows});
         program.add({HeadStep{none, head, 0.0f, 4, 5}, kWantedRows});
     }

@@ -62,7 +62,7 @@ def all_errors(isa: str, dtype: torch.dtype, size: int) -> list[Error]:
     return found
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op, found in OPS.items() if len(found) > 1])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)

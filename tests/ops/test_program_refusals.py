@@ -22,6 +22,8 @@ WIDTHS = [(SIZE, 0), (48, 0), (SIZE, 0), (0, SIZE), (0, VOCAB)]
 # enough for every weight of the steps here
 MEMORY = torch.zeros(4096)
 ADDRESS = MEMORY.data_ptr()
+# C++ holds addresses only
+KEPT: list[torch.Tensor] = []
 
 
 def norm(**changes: Any) -> SimpleNamespace:
@@ -31,9 +33,22 @@ def norm(**changes: Any) -> SimpleNamespace:
 
 def matrix(inputs: int, outputs: int, **changes: Any) -> SimpleNamespace:
     words = (ADDRESS, -(-outputs // 16) * 16 * inputs)
-    return SimpleNamespace(
-        **{"inputs": inputs, "outputs": outputs, "dtype": "float32", "words": words, "bias": None, **changes}
-    )
+    fields = {"inputs": inputs, "outputs": outputs, "dtype": "float32", "words": words, "bias": None, "starts": None}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def cut(*starts: int) -> SimpleNamespace:
+    """A matrix of 80 outputs, a group of four panels and one of one, whose panels start at these words."""
+    memory = torch.tensor(starts)
+    KEPT.append(memory)
+    return matrix(SIZE, 80, words=(ADDRESS, starts[-1]), starts=(memory.data_ptr(), len(starts)))
+
+
+def numbers(*values: int) -> tuple[int, int]:
+    """Memory of as many int32."""
+    memory = torch.tensor(values, dtype=torch.int32)
+    KEPT.append(memory)
+    return memory.data_ptr(), len(values)
 
 
 ATTENTION = {"num_heads": HEADS, "num_kv_heads": 1, "head_dim": HEAD_DIM, "slot": 0, "cache_dtype": "float32"}
@@ -44,6 +59,8 @@ STEPS: dict[str, dict[str, Any]] = {
         "in_panels": False,
         "size": SIZE,
         "scale": 1.0,
+        "num_positions": 60,
+        "position_table": (ADDRESS, 60 * SIZE),
         "out": 0,
     },
     "norm": {"norm": norm(), "input": 0, "residual": 2, "out": 1},
@@ -54,14 +71,29 @@ STEPS: dict[str, dict[str, Any]] = {
         "matrix": matrix(SIZE, 24),
         "q_norm": None,
         "k_norm": None,
+        "v_norm": None,
         "q_column": 0,
-        "k_column": 12,
-        "v_column": 18,
+        "k_column": 36,
+        "v_column": 42,
+        "q_columns": None,
+        "k_columns": None,
+        "v_columns": None,
         "rotary": 0,
         "input": 0,
         "out": 1,
     },
-    "attention": {**ATTENTION, "window": 0, "scale": 0.4, "softcap": 0.0, "input": 0, "out": 1},
+    "attention": {
+        **ATTENTION,
+        "window": 0,
+        "scale": 0.4,
+        "softcap": 0.0,
+        "slopes": (ADDRESS, HEADS),
+        "softmax_gain": (ADDRESS, HEADS),
+        "identity_gain": (ADDRESS, HEADS),
+        "centre_gain": (ADDRESS, HEADS),
+        "input": 0,
+        "out": 1,
+    },
     "mlp": {
         "norm": norm(),
         "sub": None,
@@ -118,6 +150,8 @@ BAD_STEPS: list[tuple[str, dict[str, Any], str]] = [
     ("embed", {"in_panels": True}, "table holds 888 elements; expected 1152"),
     ("embed", {"dtype": "float16"}, "dtype is 'float16'; expected float32 or bfloat16"),
     ("embed", {"scale": float("inf")}, "scale is inf; expected a finite number"),
+    ("embed", {"position_table": (ADDRESS, 60 * SIZE - 1)}, "position_table holds 1439 elements; expected 1440"),
+    ("embed", {"num_positions": -1}, "num_positions is -1; expected 0 to"),
     ("norm", {"norm": None}, "a norm step has no norm"),
     ("norm", {"norm": norm(eps=-1.0)}, "eps is -1; expected at least 0"),
     ("norm", {"norm": norm(eps=float("nan"))}, "eps is nan; expected a finite number"),
@@ -130,23 +164,50 @@ BAD_STEPS: list[tuple[str, dict[str, Any], str]] = [
     ("linear", {"matrix": matrix(SIZE, 48, words=None)}, "a matrix of 48 outputs has no words"),
     ("linear", {"matrix": matrix(SIZE, 48, bias=(ADDRESS, 47))}, "bias holds 47 elements; expected 48"),
     ("linear", {"matrix": matrix(SIZE, 48, dtype="int8")}, "dtype is 'int8'; expected float32 or bfloat16"),
+    ("linear", {"matrix": cut(0, 1536)}, "starts holds 2 elements; expected 3"),
+    ("linear", {"matrix": cut(64, 1536, 1920)}, "the first panel starts at word 64; expected 0"),
+    (
+        "linear",
+        {"matrix": cut(0, 1600, 1984)},
+        "panels from 0 on lie from word 0 to 1600; expected up to 24 units of 64",
+    ),
+    (
+        "linear",
+        {"matrix": cut(0, 1530, 1914)},
+        "panels from 0 on lie from word 0 to 1530; expected up to 24 units of 64",
+    ),
+    ("linear", {"matrix": cut(0, 1536, 1520)}, "panels from 4 on lie from word 1536 to 1520; expected up to 24 units"),
+    ("linear", {"matrix": cut(0, 1536, 1936)}, "panels from 4 on lie from word 1536 to 1936; expected up to 24 units"),
     ("linear", {"residual": 0}, "residual is place 0 of 24 values a row; expected 48"),
     ("qkv_rope", {"num_heads": 3, "num_kv_heads": 2}, "3 heads are not a multiple of 2 key heads"),
+    # the input has 24 values, the product behind it too
     ("qkv_rope", {"q_column": 13}, "q_column is 13 with room for 11 values; expected 12"),
+    ("qkv_rope", {"q_column": 37}, "q_column is 37 with room for 11 values; expected 12"),
     ("qkv_rope", {"k_column": 19}, "k_column is 19 with room for 5 values; expected 6"),
-    ("qkv_rope", {"v_column": -3}, "v_column is -3; expected a column of 24"),
-    ("qkv_rope", {"k_column": 25}, "k_column is 25; expected a column of 24"),
+    ("qkv_rope", {"k_column": 48}, "k_column is 48 with room for 0 values; expected 6"),
+    ("qkv_rope", {"v_column": -2}, "v_column is -2; expected 0 to 48, or -1"),
+    ("qkv_rope", {"k_column": 49}, "k_column is 49; expected 0 to 48"),
     # near the least number of 64 bits a difference to it would wrap around
-    ("qkv_rope", {"v_column": -(1 << 63)}, "v_column is -9223372036854775808; expected a column of 24"),
+    ("qkv_rope", {"v_column": -(1 << 63)}, "v_column is -9223372036854775808; expected 0 to 48"),
+    ("qkv_rope", {"k_column": 0, "k_columns": numbers(0, 5, 47, 3, 48, 1)}, "k_columns holds 48; expected 0 to 47"),
+    ("qkv_rope", {"k_column": 0, "k_columns": numbers(0, 5, -1, 3, 4, 1)}, "k_columns holds -1; expected 0 to 47"),
+    ("qkv_rope", {"k_column": 0, "k_columns": numbers(0, 5, 1)}, "k_columns holds 3 elements; expected 6"),
+    ("qkv_rope", {"k_columns": numbers(*range(6))}, "k_column is 36 beside k_columns; expected 0"),
+    ("qkv_rope", {"v_column": -1, "v_columns": numbers(*range(6))}, "v_column is -1 beside v_columns; expected 0"),
+    ("qkv_rope", {"v_norm": norm(size=5, gain=None)}, "a norm spans 5 values; its input has 6"),
     ("qkv_rope", {"v_column": -1}, "keys and values must both be computed, or neither"),
     ("qkv_rope", {"q_norm": norm(size=5, gain=None)}, "a norm spans 5 values; its input has 12"),
     ("qkv_rope", {"rotary": 1}, "table of angles 1 of 1"),
     ("qkv_rope", {"wanted": True, "input": 3}, "table of angles 0 is of the other view"),
     ("qkv_rope", {"slot": 1}, "cache slot 1 of 1"),
     ("qkv_rope", {"cache_dtype": "float64"}, "cache_dtype is 'float64'; expected float32 or bfloat16"),
-    ("attention", {"num_heads": 5}, "input is place 0 of 24 values a row; expected 30"),
+    ("attention", {"head_dim": 13}, "input is place 0 of 24 values a row; expected 26"),
     ("attention", {"window": -1}, "window is -1; expected 0 to"),
     ("attention", {"slot": 1}, "cache slot 1 of 1"),
+    ("attention", {"slopes": (ADDRESS, 3)}, "slopes holds 3 elements; expected 2"),
+    ("attention", {"softmax_gain": None}, "shaped attention has some of its three gains; expected all or none"),
+    ("attention", {"centre_gain": None}, "shaped attention has some of its three gains; expected all or none"),
+    ("attention", {"identity_gain": (ADDRESS, 1)}, "identity_gain holds 1 elements; expected 2"),
     ("attention", {"scale": float("nan")}, "scale is nan; expected a finite number"),
     ("mlp", {"activation": "swish"}, "activation is 'swish'; expected silu, gelu, gelu_tanh, relu or relu2"),
     ("mlp", {"gate_up": matrix(SIZE, 80)}, "gate_up gives 80 values; down needs 96"),
@@ -234,6 +295,7 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"slices": [([1], MOST, [0], [])]}, f"1 tokens from position {MOST} has 1 pages of 16"),
     # the last position does not fit 64 bits
     ({"slices": [([1, 2], MOST, [0], [])]}, f"2 tokens from position {MOST} has 1 pages of 16"),
+    ({"slices": [([1] * 46, 15, [0, 1, 2, 0], [])]}, "a slice ends at position 61; the model embeds 60"),
     ({"slices": [([1], 0, [3], [])]}, "page 3; expected 0 to 2"),
     ({"slices": [([1], 0, [-1], [])]}, "page -1; expected 0 to 2"),
     ({"slices": [([1, 2], 0, [0], [2])]}, "wanted offset 2 .*expected ascending offsets below 2"),

@@ -46,6 +46,20 @@ SPECS = {
     "replaced and merged": model_of(
         [(REPLACEMENT, PLAIN_MLP, False), (ATTENTIONS["all merged"], REPLACEMENT, False), (ATTENTION, None, False)]
     ),
+    "parallel without residuals, shortcuts, a table": model_of(
+        [
+            (ATTENTIONS["table with norms"], MLPS["shortcut"], False),
+            (replace(ATTENTION, residual=False), replace(PLAIN_MLP, residual=False), True),
+            (ATTENTIONS["shortcut"], MLPS["gate alone triangular"], False),
+        ]
+    ),
+    "pivoted, triangular, shaped": model_of(
+        [
+            (ATTENTIONS["pivoted with norms"], MLPS["triangular"], False),
+            (ATTENTIONS["triangular query and output"], PLAIN_MLP, False),
+            (ATTENTIONS["alibi with window, softcap and gains"], None, False),
+        ]
+    ),
     "norms, biases, window": model_of(
         [
             (replace(ATTENTIONS["norms per head"], window=19), MLPS["sub and post norm"], False),

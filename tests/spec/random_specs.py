@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 
 from pyruntime.spec import (
     MLP,
     Activation,
     Attention,
+    Cached,
     Embedding,
     Head,
     Layer,
@@ -36,7 +39,8 @@ def norms(draw: st.DrawFn, size: int) -> Norm:
 
 @st.composite
 def linears(draw: st.DrawFn, in_size: int, out_size: int) -> Linear:
-    return Linear(in_features=in_size, out_features=out_size, bias=draw(st.booleans()))
+    triangular = in_size == out_size and draw(st.booleans())
+    return Linear(in_features=in_size, out_features=out_size, bias=draw(st.booleans()), triangular=triangular)
 
 
 @st.composite
@@ -63,26 +67,44 @@ def ropes(draw: st.DrawFn, head_dim: int) -> Rope:
 
 
 @st.composite
-def attentions(draw: st.DrawFn, size: int, residual: bool) -> Attention:
+def sources(draw: st.DrawFn, size: int, out_size: int, q_size: int, kv_size: int) -> dict[str, Any]:
+    """Where queries, keys and values come from: projections, columns of the input and of `rest`, or a table."""
+    kind = draw(st.sampled_from(["projections", "columns", "table", *Cached]))
+    width = q_size + 2 * kv_size
+    if kind == "columns":
+        known = size + draw(st.integers(max(1, width - size), width + 2))
+        columns = tuple(draw(st.permutations(range(known)))[:width])
+        return {"q": None, "k": None, "v": None, "columns": columns, "rest": draw(linears(size, known - size))}
+    if kind == "table" and size == out_size:
+        return {"q": None, "k": None, "v": None, "table": True, "pre": None}
+    cached = kind if isinstance(kind, Cached) else Cached.KEYS_VALUES
+    found: dict[str, Any] = {"cached": cached}
+    for name, width in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+        source = kv_size if (name, cached) == ("v", Cached.KEYS) else size
+        # a projection can be merged away only where its output is as wide as its input
+        needed = name != "q" and cached is not Cached.KEYS_VALUES
+        merged = width == size and not needed and draw(st.booleans())
+        found[name] = None if merged else draw(linears(source, width))
+    return found
+
+
+@st.composite
+def residuals(draw: st.DrawFn, size: int, out_size: int, residual: bool, shortcut: bool) -> dict[str, Any]:
+    """Fields of a residual, with a map on it where one is allowed."""
+    return {"residual": residual, "shortcut": draw(linears(size, out_size)) if shortcut else None}
+
+
+@st.composite
+def attentions(draw: st.DrawFn, size: int, residual: bool, out_size: int, shortcut: bool) -> Attention:
     kv_heads, group, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6]))
     heads = kv_heads * group
     q_size, kv_size = heads * head_dim, kv_heads * head_dim
-    # a projection can be merged away only where its output is as wide as its input
-    absent = {name for name, width in (("q", q_size), ("k", kv_size), ("v", kv_size)) if width == size}
-    absent = {name for name in sorted(absent) if draw(st.booleans())}
-    out_size = size if residual else draw(st.integers(1, 12))
     merged_o = q_size == out_size and draw(st.booleans())
-
-    def project(name: str, width: int) -> Linear | None:
-        return None if name in absent else draw(linears(size, width))
-
+    fields = {"pre": draw(st.none() | norms(size)), **draw(sources(size, out_size, q_size, kv_size))}
     return Attention(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        q=project("q", q_size),
-        k=project("k", kv_size),
-        v=project("v", kv_size),
         o=None if merged_o else draw(linears(q_size, out_size)),
         scale=draw(reals),
         rope=draw(st.none() | ropes(head_dim)),
@@ -90,16 +112,19 @@ def attentions(draw: st.DrawFn, size: int, residual: bool) -> Attention:
         softcap=draw(st.none() | reals),
         q_norm=draw(st.none() | norms(head_dim) | norms(q_size)),
         k_norm=draw(st.none() | norms(head_dim) | norms(kv_size)),
-        pre=draw(st.none() | norms(size)),
+        v_norm=draw(st.none() | norms(head_dim) | norms(kv_size)),
+        shaped=draw(st.booleans()),
+        alibi=draw(st.booleans()),
         sub=draw(st.none() | norms(q_size)),
         post=draw(st.none() | norms(out_size)),
-        residual=residual,
+        **draw(residuals(size, out_size, residual, shortcut)),
+        **fields,
     )
 
 
 @st.composite
-def mlps(draw: st.DrawFn, size: int, residual: bool) -> MLP:
-    wide, out_size = draw(st.integers(1, 20)), size if residual else draw(st.integers(1, 12))
+def mlps(draw: st.DrawFn, size: int, residual: bool, out_size: int, shortcut: bool) -> MLP:
+    wide = draw(st.integers(1, 20))
     return MLP(
         gate=draw(st.none() | linears(size, wide)),
         up=draw(linears(size, wide)),
@@ -108,39 +133,47 @@ def mlps(draw: st.DrawFn, size: int, residual: bool) -> MLP:
         pre=draw(st.none() | norms(size)),
         sub=draw(st.none() | norms(wide)),
         post=draw(st.none() | norms(out_size)),
-        residual=residual,
+        **draw(residuals(size, out_size, residual, shortcut)),
     )
 
 
 @st.composite
-def replacements(draw: st.DrawFn, size: int, residual: bool) -> Replacement:
-    out_size = size if residual else draw(st.integers(1, 12))
+def replacements(draw: st.DrawFn, size: int, residual: bool, out_size: int, shortcut: bool) -> Replacement:
     return Replacement(
         linear=draw(linears(size, out_size)),
         pre=draw(st.none() | norms(size)),
         post=draw(st.none() | norms(out_size)),
-        residual=residual,
+        **draw(residuals(size, out_size, residual, shortcut)),
     )
 
 
 @st.composite
 def specs(draw: st.DrawFn, skipless: bool = True) -> ModelSpec:
-    """Any ModelSpec; without `skipless` every sublayer has its residual, so that everything may be dropped."""
+    """Any ModelSpec; without `skipless` every sublayer has its plain residual, so that everything may be dropped."""
     size = width = draw(st.sampled_from([2, 4, 6, 8]))
     vocab = draw(st.integers(1, 50))
     layers: list[Layer] = []
     for index in range(draw(st.integers(1, 4))):
         parallel = draw(st.booleans())
-        chosen = []
+        chosen: list[Any] = []
+        entry, residual, shared = width, not skipless or draw(st.booleans()), draw(st.integers(1, 12))
         for kind in (attentions, mlps):
-            residual = parallel or not skipless or draw(st.booleans())
-            sublayer = draw(st.none() | kind(width, residual) | replacements(width, residual))
+            if not parallel:
+                entry, residual = width, not skipless or draw(st.booleans())
+            # a map on the residual may change the width too
+            shortcut = residual and skipless and not parallel and draw(st.booleans())
+            free = shared if parallel else draw(st.integers(1, 12))
+            out_size = entry if residual and not shortcut else free
+            needs = (entry, residual, out_size, shortcut)
+            sublayer = draw(st.none() | kind(*needs) | replacements(*needs))
             width = width if sublayer is None else sublayer.out_size
             chosen.append(sublayer)
         layers.append(Layer(index=index, attention=chosen[0], mlp=chosen[1], parallel=parallel))
+    max_position = draw(st.integers(1, 1 << 24))
+    positions = draw(st.none() | st.integers(max_position, 1 << 24))
     return ModelSpec(
         family=draw(st.sampled_from(["llama", "skipless"])),
-        embedding=Embedding(vocab_size=vocab, size=size, scale=draw(reals)),
+        embedding=Embedding(vocab_size=vocab, size=size, scale=draw(reals), positions=positions),
         layers=tuple(layers),
         final_norm=draw(st.none() | norms(width)),
         head=Head(
@@ -148,5 +181,5 @@ def specs(draw: st.DrawFn, skipless: bool = True) -> ModelSpec:
             tied=width == size and draw(st.booleans()),
             softcap=draw(st.none() | reals),
         ),
-        max_position=draw(st.integers(1, 1 << 24)),
+        max_position=max_position,
     )

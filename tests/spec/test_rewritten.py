@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
-from pyruntime.spec import Cached, Embedding, Linear, spec_from_json, spec_to_json, weight_shapes
+from pyruntime.spec import Cached, Embedding, Head, Linear, spec_from_json, spec_to_json, weight_shapes
 from tests.spec.makers import attention, layer, linear, mlp, model, moe, norm, packed, refused
 
 MIXTURE = moe()
 # what is wrong, and words that the message must hold
 WRONG: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "triangular and not square": (lambda: Linear(in_features=8, out_features=9, triangular=True), ("9x8", "square")),
+    "a triangular head that is tied": (
+        lambda: Head(linear=Linear(in_features=8, out_features=8, triangular=True), tied=True),
+        ("tied", "triangular"),
+    ),
     "columns beside q": (lambda: packed(q=linear()), ("q", "columns")),
     "columns without rest": (lambda: packed(rest=None), ("columns", "rest")),
     "rest without columns": (lambda: packed(columns=None), ("columns", "rest")),

@@ -18,6 +18,8 @@ constexpr int kNumViews = 2;
 // outputs of one panel, and the most rows that share one read of it
 constexpr std::int64_t kPanel = 16;
 constexpr std::int64_t kMaxTileRows = 16;
+// panels that one task takes at least, and that are equally long; even, so that a gate and its up stay together
+constexpr std::int64_t kGroup = 4;
 
 // positions that attention takes between two updates of its running maximum
 constexpr std::int64_t kAttentionBlock = 64;
@@ -37,10 +39,13 @@ struct NormWeights {
 
 // A matrix [outputs, inputs] in panels of 16 outputs; a panel holds 16 words of 32 bits for each unit of inputs. A unit
 // is one input for float32, two for bfloat16 (the lower half of a word is the earlier input). What pads the last panel
-// and the last unit is zero. `bias` has a value for each output of each panel, or is null.
+// and the last unit is zero. `bias` has a value for each output of each panel, or is null. Where `starts` is not null,
+// some outputs read only the first inputs (triangular maps): it counts the words before each group of kGroup panels,
+// and all of them; the panels of a group are as long as its longest output needs.
 struct Panels {
     const std::uint32_t* words;
     const float* bias;
+    const std::int64_t* starts;
     std::int64_t inputs;
     std::int64_t outputs;
     std::int32_t dtype;  // kFloat32 or kBfloat16
@@ -50,13 +55,20 @@ inline std::int64_t num_panels(const Panels& panels) {
     return (panels.outputs + kPanel - 1) / kPanel;
 }
 
+inline std::int64_t num_groups(const Panels& panels) {
+    return (num_panels(panels) + kGroup - 1) / kGroup;
+}
+
 inline std::int64_t units_of(std::int32_t dtype, std::int64_t inputs) {
     return dtype == kFloat32 ? inputs : (inputs + 1) / 2;
 }
 
-// out = table[token] * scale; the table is row-major, or in panels where the head shares it
+// out = table[token] * scale (+ position_table[position]); the table is row-major, or in panels where the head shares
+// it
 struct EmbedStep {
     const void* table;
+    const void* position_table;  // [num_positions, size] or null
+    std::int64_t num_positions;
     std::int64_t size;
     std::int32_t dtype;
     std::int32_t in_panels;
@@ -85,17 +97,23 @@ struct HeadStep {
     Place in, out;
 };
 
-// where the values of queries, keys or values come from: a column of the product, or one of these
 constexpr std::int64_t kNotComputed = -1;
-constexpr std::int64_t kMergedAway = -2;  // the normed input itself
+
+// Where the values of queries, keys or values come from. Values of the normed input are numbered from 0, those of the
+// product behind them. `column` is the first of neighbours, or kNotComputed; `columns`, where it is not null, has a
+// number for each value.
+struct ValueSource {
+    std::int64_t column;
+    const std::int32_t* columns;
+};
 
 // queries to `out`, keys and values to cache slot `slot`
 struct QkvRopeStep {
     NormWeights norm;
     Panels matrix;  // the projections that exist, one after the other; no outputs where none does
-    NormWeights q_norm, k_norm;
+    NormWeights q_norm, k_norm, v_norm;
     std::int64_t in_size;
-    std::int64_t q_column, k_column, v_column;
+    ValueSource q, k, v;
     std::int64_t num_heads, num_kv_heads, head_dim;
     std::int64_t rope_half;  // pairs of values that turn
     std::int32_t rotary;     // number of the table of angles, or -1
@@ -104,13 +122,20 @@ struct QkvRopeStep {
     Place in, out;
 };
 
-// whether a projection was merged away, so that the normed input is needed as it is
+// whether some of the values are those of the normed input
 inline bool takes_input(const QkvRopeStep& step) {
-    return step.q_column == kMergedAway || step.k_column == kMergedAway || step.v_column == kMergedAway;
+    const auto reads = [&](const ValueSource& source) {
+        return source.columns != nullptr || (source.column != kNotComputed && source.column < step.in_size);
+    };
+    return reads(step.q) || reads(step.k) || reads(step.v);
 }
 
-// out = attention of the queries `in` over cache slot `slot`; softcap 0 and window 0 are none
+// out = attention of the queries `in` over cache slot `slot`; softcap 0 and window 0 are none. A score gets the head's
+// slope times (position seen - own position). Shaped attention (He & Hofmann 2023) is softmax_gain * the softmax's mix
+// + identity_gain * the own value - centre_gain * the mean of the visible values; the gains are all there, or none.
 struct AttentionStep {
+    const float* slopes;  // [num_heads] or null, like the gains
+    const float *softmax_gain, *identity_gain, *centre_gain;
     std::int64_t num_heads, num_kv_heads, head_dim;
     std::int64_t window;
     float scale, softcap;
