@@ -35,7 +35,12 @@ LONGROPE: dict[str, Any] = {
     "short_factor": [1.0, 1.3, 1.7, 2.5],
     "long_factor": [2.0, 3.0, 4.0, 5.0],
 }
+_QWEN: dict[str, Any] = {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 24}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+# dense, and of mixtures: all experts in one tensor, and the one that all tokens pass
+_MLPS = ("mlp.down_proj", "mlp.experts", "mlp.shared_expert.down_proj")
 
 
 @dataclass(frozen=True)
@@ -43,20 +48,25 @@ class Variant:
     """One configuration of a family.
 
     `stored` are keys that config.json holds instead of what transformers writes today, where `...` removes; where
-    `bare`, it holds nothing but sizes, so that every default counts. `outputs` are the linear maps whose zeros silence
-    a sublayer.
+    `bare`, it holds nothing but sizes, so that every default counts. `outputs` are the last maps of attention and of
+    MLP, whichever of them a layer has: zeros there silence the sublayer.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     stored: dict[str, Any] = field(default_factory=dict)
     layers: str = "model.layers"
-    outputs: tuple[str, str] = ("self_attn.o_proj", "mlp.down_proj")
+    outputs: tuple[tuple[str, ...], tuple[str, ...]] = (("self_attn.o_proj",), _MLPS)
     bare: bool = False
 
 
 def _neox(stored: dict[str, Any] | None = None, **config: Any) -> Variant:
-    return Variant("GPTNeoX", config, stored or {}, "gpt_neox.layers", ("attention.dense", "mlp.dense_4h_to_h"))
+    return Variant("GPTNeoX", config, stored or {}, "gpt_neox.layers", (("attention.dense",), ("mlp.dense_4h_to_h",)))
+
+
+def _gpt2(stored: dict[str, Any] | None = None, **config: Any) -> Variant:
+    own: dict[str, Any] = {"intermediate_size": ..., **config}
+    return Variant("GPT2", own, stored or {}, "transformer.h", (("attn.c_proj",), ("mlp.c_proj",)))
 
 
 def _grouped(name: str, stored: dict[str, Any] | None = None, **config: Any) -> Variant:
@@ -163,50 +173,83 @@ VARIANTS: dict[str, Variant] = {
         attention_bias=True,
         mlp_bias=True,
     ),
+    "olmo2": _grouped("Olmo2"),
+    "olmo2 with biases, old keys": _grouped(
+        "Olmo2", {"rope_parameters": ..., "rope_theta": 500.0}, attention_bias=True, tie_word_embeddings=True
+    ),
+    "gpt2": _gpt2(n_inner=40),
+    "gpt2 scaled by layer": _gpt2(
+        scale_attn_by_inverse_layer_idx=True, scale_attn_weights=False, activation_function="relu"
+    ),
+    "gpt2, bare": replace(_gpt2(), bare=True),
+    "mixtral": _grouped("Mixtral", num_local_experts=5, num_experts_per_tok=3),
+    "mixtral with a window, old keys": _grouped(
+        "Mixtral", {"rope_parameters": ..., "head_dim": ...}, sliding_window=WINDOW, num_local_experts=4
+    ),
+    "qwen2_moe": _grouped("Qwen2Moe", **_QWEN, num_experts=6, norm_topk_prob=True, mlp_only_layers=[1]),
+    "qwen2_moe with windows, every other layer dense": _grouped(
+        "Qwen2Moe",
+        {"layer_types": ..., "sliding_window": WINDOW},
+        **_QWEN,
+        num_experts=4,
+        num_experts_per_tok=1,
+        decoder_sparse_step=2,
+        qkv_bias=False,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=3,
+    ),
 }
+MIXTURES = ("Mixtral", "Qwen2Moe")
 
 
 VARIANTS |= {
-    f"{name}, bare": replace(VARIANTS[name], config={**config, "num_key_value_heads": 2}, bare=True)
-    for name, config in {
-        "mistral": {},
-        "qwen2": {},
-        "qwen3": {},
-        "phi3": {},
-        "gemma2": {},
-        "gemma3": {},
-        "bitnet": {},
-        "nemotron": {},
-    }.items()
+    f"{name}, bare": replace(VARIANTS[name], config={"num_key_value_heads": 2}, bare=True)
+    for name in "mistral qwen2 qwen3 phi3 gemma2 gemma3 bitnet nemotron olmo2".split()
 } | {"gpt_neox, bare": replace(VARIANTS["gpt_neox"], config={}, bare=True)}
 
 
 def make(variant: Variant, folder: Path) -> Any:
     """The transformers model of `variant` with random weights, as transformers reads it from `folder`."""
     prefix = "Gemma3Text" if variant.name == "Gemma3" else variant.name
-    config = getattr(transformers, f"{prefix}Config")(**SIZES | variant.config)
+    sizes = {key: value for key, value in (SIZES | variant.config).items() if value is not ...}
+    config = getattr(transformers, f"{prefix}Config")(**sizes)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{variant.name}ForCausalLM")._from_config(config)
+    end = "LMHeadModel" if variant.name == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, f"{variant.name}{end}")._from_config(config)
     # where the gain is 1 + weight, the weight is about zero
     gain = 0.0 if prefix.startswith(("Gemma", "Nemotron")) else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers starts with gains of one and biases of zero, which would hide mistakes
             spread = 0.15 if parameter.dim() > 1 else 0.3
-            parameter.copy_(torch.randn_like(parameter) * spread + (gain if "norm" in name else 0.0))
+            parameter.copy_(torch.randn_like(parameter) * spread + (gain if "norm" in name or ".ln_" in name else 0.0))
     model.save_pretrained(folder)
     whole = {**json.loads((folder / "config.json").read_text()), **variant.stored}
     if variant.bare:
-        whole = SIZES | variant.config | {"model_type": whole["model_type"]}
+        whole = sizes | {"model_type": whole["model_type"]}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in whole.items() if value is not ...}))
-    return type(model).from_pretrained(folder, attn_implementation="eager").eval()
+    plain = {"experts_implementation": "eager"} if variant.name in MIXTURES else {}
+    return type(model).from_pretrained(folder, attn_implementation="eager", **plain).eval()
 
 
 def without(variant: Variant, hf_model: Any, plan: DropPlan) -> Any:
     """A copy of the model whose dropped sublayers add exactly zero to the stream."""
     pruned = copy.deepcopy(hf_model)
     layers: Sequence[Any] = pruned.get_submodule(variant.layers)
-    for indices, output in zip((plan.attention, plan.mlp), variant.outputs, strict=True):
-        for index in indices:
-            silence(layers[index].get_submodule(output))
+    for indices, outputs in zip((plan.attention, plan.mlp), variant.outputs, strict=True):
+        for layer in (layers[index] for index in indices):
+            found = [module for name, module in layer.named_modules() if name in outputs]
+            assert found
+            for module in found:
+                _silence(module)
     return pruned
+
+
+def _silence(module: Any) -> None:
+    """A linear map of either kind, or the experts of a mixture."""
+    if hasattr(module, "weight"):
+        silence(module)
+        return
+    with torch.no_grad():
+        module.down_proj.zero_()

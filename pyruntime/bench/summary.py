@@ -11,14 +11,15 @@ from pyruntime.checkpoint import Model, PassReport
 from pyruntime.checkpoint.dialects.declared import in_words, layers_in_words, plan_of
 from pyruntime.graph import Cost, Graph, SequenceWork, build, cost_of, fuse
 from pyruntime.passes import kv_values_per_token
-from pyruntime.spec import MLP, Attention, DropPlan, ModelSpec, weight_shapes
+from pyruntime.spec import MLP, Attention, DropPlan, ModelSpec, MoE, Replacement, weight_shapes
 
-# what may differ from layer to layer: (name, sublayer, size)
-_SIZES: Final[tuple[tuple[str, str, Callable[[Any], int]], ...]] = (
+# what may differ from layer to layer: (name, sublayer, size); None where a sublayer has no such size
+_SIZES: Final[tuple[tuple[str, str, Callable[[Any], int | None]], ...]] = (
     ("query heads", "attention", lambda attention: attention.num_heads),
     ("KV heads", "attention", lambda attention: attention.num_kv_heads),
     ("head sizes", "attention", lambda attention: attention.head_dim),
-    ("MLP widths", "mlp", lambda mlp: mlp.up.out_features),
+    ("MLP widths", "mlp", lambda mlp: mlp.up.out_features if isinstance(mlp, MLP) else None),
+    ("experts", "mlp", lambda mlp: mlp.num_experts if isinstance(mlp, MoE) else None),
 )
 
 
@@ -99,11 +100,11 @@ def describe(model: Model, facts: dict[str, Any]) -> list[str]:
 def _is_even(dense: ModelSpec) -> bool:
     """Whether all layers were built alike, so that `dense` is what anything was dropped from."""
     sublayers = [getattr(layer, kind) for layer in dense.layers for kind in ("attention", "mlp")]
-    return all(isinstance(each, Attention | MLP) for each in sublayers) and not _sizes_by_layer(dense)
+    return all(isinstance(each, Attention | MLP | MoE) for each in sublayers) and not _sizes_by_layer(dense)
 
 
 def _linear(sublayer: object) -> bool:
-    return not isinstance(sublayer, Attention | MLP)
+    return isinstance(sublayer, Replacement)
 
 
 def _sizes_by_layer(spec: ModelSpec) -> dict[str, list[tuple[int, int]]]:
@@ -111,7 +112,7 @@ def _sizes_by_layer(spec: ModelSpec) -> dict[str, list[tuple[int, int]]]:
     found = {}
     for name, kind, size in _SIZES:
         there = (each for layer in spec.layers for own, each in layer.sublayers() if own == kind and not _linear(each))
-        counted = Counter(map(size, there))
+        counted = Counter(each for each in map(size, there) if each is not None)
         if len(counted) > 1:
             found[name] = counted.most_common()
     return found

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
+from pyruntime.checkpoint.as_stored import Stored
 from pyruntime.checkpoint.families import Family
 from pyruntime.checkpoint.fields import some
 from pyruntime.checkpoint.folder import StoredTensor
-from pyruntime.checkpoint.weight import TORCH_DTYPES, Rows, TensorRef, Weight
+from pyruntime.checkpoint.weight import TORCH_DTYPES, Rows, TensorRef, Transposed, UnitRows, Weight
 from pyruntime.errors import CheckpointError
-from pyruntime.spec import Attention, ModelSpec, weight_shapes
+from pyruntime.spec import EXPERT_MAPS, Attention, ModelSpec, MoE, weight_shapes
 
 _DTYPE_NAMES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Shape = tuple[int, ...]
@@ -20,26 +21,34 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where weights lie: one stored tensor of `parts`, each `heads` runs of rows that alternate between the parts."""
+    """Where weights lie: one stored tensor of `parts`, each `heads` runs of rows that alternate between the parts.
+
+    Where it is `transposed`, parts are runs of columns.
+    """
 
     name: str
     parts: tuple[str, ...]
     heads: int
+    transposed: bool
+    unit_rows: bool
 
 
-def bind(
-    spec: ModelSpec, whole: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]
-) -> tuple[dict[str, Weight], str]:
-    """The weights of `spec` by name, and the dtype of most of their bytes; `whole` is the model with all that is gone.
+def bind(checkpoint: Stored) -> tuple[dict[str, Weight], str]:
+    """The weights of a checkpoint's model by name, and the dtype of most of their bytes.
 
-    Raises CheckpointError MISSING_TENSOR, UNEXPECTED_TENSOR (a tensor that not even `whole` has), SHAPE or DTYPE.
+    Raises CheckpointError MISSING_TENSOR, UNEXPECTED_TENSOR (a tensor that not even the whole model has), SHAPE, DTYPE.
     """
+    spec, whole, family, stored = checkpoint.spec, checkpoint.whole, checkpoint.family, checkpoint.tensors
+    given = checkpoint.given
+    _check_experts(spec, stored)
     shapes = weight_shapes(spec)
-    places = {place.name: place for place in _places(spec, family, shapes)}
-    known = {place.name for place in _places(whole, family, weight_shapes(whole))}
+    places = {place.name: place for place in _places(spec, family, [name for name in shapes if name not in given])}
+    known = {
+        place.name for place in _places(whole, family, [name for name in weight_shapes(whole) if name not in given])
+    }
     _check_names(set(places), known, family, stored)
     _check_shapes(places.values(), shapes, stored)
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Weight] = dict(given)
     num_bytes: Counter[str] = Counter()
     for place in places.values():
         shard, info = stored[place.name].shard, stored[place.name].info
@@ -49,29 +58,25 @@ def bind(
     return {name: weights[name] for name in shapes}, _DTYPE_NAMES[num_bytes.most_common(1)[0][0]]
 
 
-def stored_head(
-    spec: ModelSpec, dense: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]
-) -> tuple[ModelSpec, ModelSpec, Mapping[str, StoredTensor], tuple[str, ...]]:
-    """What a tied head means where the files hold one all the same: as transformers reads them, and a note."""
-    head, embedding = family.tensor_name("head.weight"), family.tensor_name("embedding.weight")
-    if not spec.head.tied or head not in stored:
-        return spec, dense, stored, ()
-    if embedding not in stored:
-        note = f"the head is tied; {head} serves as embedding too"
-        return spec, dense, {**stored, embedding: stored[head]}, (note,)
-    # transformers ties two stored tensors only if they are equal, so the stored head is right in either case
-    untied = replace(spec.head, tied=False)
-    note = f"config.json ties the head, but {head} is stored beside {embedding}; the stored head is used"
-    return replace(spec, head=untied), replace(dense, head=untied), stored, (note,)
+def _check_experts(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuse what a few digits of config.json promise before a name is made for each."""
+    count = sum(layer.mlp.num_experts for layer in spec.layers if isinstance(layer.mlp, MoE))
+    if len(EXPERT_MAPS) * count > len(stored):
+        raise CheckpointError(
+            "MISSING_TENSOR",
+            f"config.json says {count} experts of {len(EXPERT_MAPS)} tensors each, and the files hold {len(stored)} "
+            "tensors in all; get the checkpoint that config.json was written for",
+        )
 
 
-def _places(spec: ModelSpec, family: Family, shapes: Mapping[str, Shape]) -> list[_Place]:
+def _places(spec: ModelSpec, family: Family, weights: Iterable[str]) -> list[_Place]:
     places = []
-    for weight in shapes:
+    for weight in weights:
         parts, interleaved = family.fused_with(weight)
         if weight == parts[0]:
             heads = _kv_heads(spec, weight) if interleaved else 1
-            places.append(_Place(family.tensor_name(weight), parts, heads))
+            turned, unit_rows = family.is_transposed(weight), family.has_unit_rows(weight)
+            places.append(_Place(family.tensor_name(weight), parts, heads, turned, unit_rows))
     return places
 
 
@@ -83,6 +88,10 @@ def _kv_heads(spec: ModelSpec, weight: str) -> int:
 
 def _cut(whole: TensorRef, place: _Place, shapes: Mapping[str, Shape]) -> dict[str, Weight]:
     """The parts of a stored tensor."""
+    if place.unit_rows:
+        return {place.parts[0]: UnitRows(whole)}
+    if place.transposed:
+        return _cut_columns(whole, place, shapes)
     if len(place.parts) == 1:
         return {place.parts[0]: whole}
     runs = [shapes[part][0] // place.heads for part in place.parts]
@@ -92,6 +101,18 @@ def _cut(whole: TensorRef, place: _Place, shapes: Mapping[str, Shape]) -> dict[s
         begin = sum(runs[:i])
         pieces = tuple(whole.rows(head * stride + begin, runs[i]) for head in range(place.heads))
         found[part] = pieces[0] if len(pieces) == 1 else Rows(pieces)
+    return found
+
+
+def _cut_columns(whole: TensorRef, place: _Place, shapes: Mapping[str, Shape]) -> dict[str, Weight]:
+    if len(place.parts) == 1:
+        return {place.parts[0]: Transposed(whole)}
+    found: dict[str, Weight] = {}
+    begin = 0
+    for part in place.parts:
+        width = shapes[part][0]
+        found[part] = Transposed(whole.columns(begin, width))
+        begin += width
     return found
 
 
@@ -115,6 +136,8 @@ def _check_shapes(places: Iterable[_Place], shapes: Mapping[str, Shape], stored:
     for place in places:
         found = stored[place.name].info
         expected = (sum(shapes[part][0] for part in place.parts), *shapes[place.parts[0]][1:])
+        if place.transposed:
+            expected = expected[::-1]
         if found.shape != expected:
             file = stored[place.name].shard.path.name
             wrong.append(f"{place.name} in {file} is {list(found.shape)}, config.json implies {list(expected)}")

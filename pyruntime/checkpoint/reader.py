@@ -7,18 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyruntime.checkpoint.bind import bind, stored_head
+from pyruntime.checkpoint.as_stored import Stored, as_stored
+from pyruntime.checkpoint.bind import bind
 from pyruntime.checkpoint.config_keys import notes_on_keys, refuse_unsupported
 from pyruntime.checkpoint.dialects import Declared, read_dialects
 from pyruntime.checkpoint.dialects.effect import check_overrides, readable
 from pyruntime.checkpoint.dialects.names import looks_wrong, names_of
-from pyruntime.checkpoint.families import FAMILIES, Family
+from pyruntime.checkpoint.families import FAMILIES, Family, with_shared_keys
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.checkpoint.files import listed
 from pyruntime.checkpoint.folder import ReadOptions, StoredTensor, open_tensors, unread_files
 from pyruntime.checkpoint.manifest import check_manifest
 from pyruntime.checkpoint.model import Model
-from pyruntime.checkpoint.strict_json import read_object
+from pyruntime.checkpoint.native import MAX_NATIVE_BYTES, NATIVE_TYPES, is_native, read_native
+from pyruntime.checkpoint.strict_json import MAX_CONFIG_BYTES, parse, read_bytes
 from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.spec import Linear, ModelSpec, Replacement, drop_sublayers, weight_shapes
 from pyruntime.spec.bounds import MAX_LAYERS
@@ -30,9 +32,27 @@ def read_model(folder: Path, options: ReadOptions = ReadOptions()) -> Model:
     Raises UsageError CONFIG or DROP for what config.json says, CheckpointError for what the files hold, RunError IO.
     """
     check_manifest(folder)
-    config = read_object(folder / "config.json", "CONFIG")
-    family = _family(config)
-    fields = Fields(config)
+    config = _config(folder / "config.json")
+    model = read_native(folder, config, options) if is_native(config) else read_as(folder, config, options)
+    conflict = model.dtype_conflict
+    return model if conflict is None else replace(model, notes=(*model.notes, conflict))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    text = read_bytes(path, "CONFIG", MAX_NATIVE_BYTES)
+    # a long one may hold column maps; any other is no configuration
+    if len(text) > MAX_CONFIG_BYTES and b'"format_version"' not in text:
+        raise CheckpointError("CONFIG", f"{path.name}: has {len(text)} bytes; at most {MAX_CONFIG_BYTES} are read")
+    config = parse(text, path.name, "CONFIG")
+    if not isinstance(config, dict):
+        raise CheckpointError("CONFIG", f"{path.name}: holds a {type(config).__name__}; expected a JSON object")
+    return config
+
+
+def read_as(folder: Path, config: Mapping[str, Any], options: ReadOptions) -> Model:
+    """The weights in `folder` as `config`, which is of one of the families, describes them. Raises as `read_model`."""
+    fields = Fields(with_shared_keys(config))
+    family = _family(config).of(fields)
     refuse_unsupported(fields)
     num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     declared = read_dialects(fields, num_layers)
@@ -43,22 +63,21 @@ def read_model(folder: Path, options: ReadOptions = ReadOptions()) -> Model:
     notes += notes_on_keys(fields, family, spec, options.ignore_config_keys)
     found = _open(folder, options, declared)
     notes += unread_files(folder, found.values())
-    spec, dense, stored, head_notes = stored_head(spec, dense, family, found)
     # what never was there by the configuration may lie in the files all the same, as what was dropped may
-    weights, dtype = bind(spec, replace(whole, head=spec.head), family, stored)
-    model = Model(
-        spec=spec,
-        dense_spec=dense,
+    stored = Stored(spec=spec, dense=dense, whole=whole, family=family, tensors=found)
+    stored = as_stored(stored, fields, declared.overrides)
+    weights, dtype = bind(stored)
+    return Model(
+        spec=stored.spec,
+        dense_spec=stored.dense,
         weights=weights,
         dtype=dtype,
         path=folder,
         config=config,
-        notes=notes + head_notes,
+        notes=notes + stored.notes,
         declared=declared.said,
-        unread_bytes=_unread_bytes(whole, spec, family, found),
+        unread_bytes=_unread_bytes(stored),
     )
-    conflict = model.dtype_conflict
-    return model if conflict is None else replace(model, notes=(*model.notes, conflict))
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -69,7 +88,9 @@ def _family(config: Mapping[str, Any]) -> Family:
     of_base = {f"{name.replace('_', '')}forcausallm": family for name, family in FAMILIES.items()}
     if isinstance(base, str) and base.lower() in of_base:
         return of_base[base.lower()]
-    raise UsageError("CONFIG", f"model_type is {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
+    raise UsageError(
+        "CONFIG", f"model_type is {model_type!r}; supported: {', '.join(sorted((*FAMILIES, *NATIVE_TYPES)))}"
+    )
 
 
 def _open(folder: Path, options: ReadOptions, declared: Declared) -> dict[str, StoredTensor]:
@@ -83,10 +104,11 @@ def _open(folder: Path, options: ReadOptions, declared: Declared) -> dict[str, S
         raise CheckpointError(error.code, advice) from None
 
 
-def _unread_bytes(whole: ModelSpec, spec: ModelSpec, family: Family, stored: Mapping[str, StoredTensor]) -> int:
-    """Bytes that the files hold of sublayers that `spec` goes without."""
-    gone = {family.tensor_name(weight) for weight in weight_shapes(whole).keys() - weight_shapes(spec).keys()}
-    return sum(stored[name].info.num_bytes for name in gone & stored.keys())
+def _unread_bytes(stored: Stored) -> int:
+    """Bytes that the files hold of sublayers that the model goes without."""
+    gone = weight_shapes(stored.whole).keys() - weight_shapes(stored.spec).keys()
+    names = {stored.family.tensor_name(weight) for weight in gone}
+    return sum(stored.tensors[name].info.num_bytes for name in names & stored.tensors.keys())
 
 
 def _whole_spec(family: Family, fields: Fields, declared: Declared) -> ModelSpec:

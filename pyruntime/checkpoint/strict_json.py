@@ -75,7 +75,7 @@ def read_bytes(path: Path, code: str, max_bytes: int) -> bytes:
             size = os.fstat(file.fileno()).st_size
             if size > max_bytes:
                 raise CheckpointError(code, f"{path.name}: has {size} bytes; at most {max_bytes} are read")
-            return file.read(max_bytes + 1)
+            return file.read(size)
     except FileNotFoundError:
         raise CheckpointError(code, f"{path.name} is missing in {path.parent}") from None
     except OSError as error:

@@ -89,7 +89,7 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor of a file, by place."""
+    """A tensor of a file, by place; `stride` are the bytes from one row to the next where its rows do not touch."""
 
     shard: Shard = field(repr=False)
     name: str
@@ -97,6 +97,7 @@ class TensorRef:
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+    stride: int | None = None
 
     def refs(self) -> Iterator[Weight]:
         """Itself."""
@@ -108,12 +109,28 @@ class TensorRef:
         shape = (count, *self.shape[1:])
         return replace(self, shape=shape, start=self.start + begin * row_bytes, num_bytes=count * row_bytes)
 
+    def columns(self, begin: int, count: int) -> TensorRef:
+        """`count` columns of a matrix that is whole, from `begin` on."""
+        num_rows, width = self.shape
+        row_bytes = self.num_bytes // num_rows
+        item = row_bytes // width
+        start, num_bytes = self.start + begin * item, num_rows * count * item
+        return replace(self, shape=(num_rows, count), start=start, num_bytes=num_bytes, stride=row_bytes)
+
     def read(self) -> torch.Tensor:
         """The tensor's bytes, copied from the file."""
         dtype = TORCH_DTYPES[self.dtype]
         if self.num_bytes == 0:
             return torch.empty(self.shape, dtype=dtype)
-        return torch.frombuffer(self.shard.read(self.start, self.num_bytes), dtype=dtype).reshape(self.shape)
+        return torch.frombuffer(self._bytes(), dtype=dtype).reshape(self.shape)
+
+    def _bytes(self) -> bytearray:
+        if self.stride is None:
+            return self.shard.read(self.start, self.num_bytes)
+        row_bytes = self.num_bytes // self.shape[0]
+        return bytearray().join(
+            self.shard.read(self.start + row * self.stride, row_bytes) for row in range(self.shape[0])
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +156,56 @@ class Rows:
     def read(self) -> torch.Tensor:
         """The runs, joined."""
         return torch.cat([piece.read() for piece in self.pieces])
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """A stored matrix, turned around: GPT-2 stores [in_features, out_features]."""
+
+    tensor: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the matrix."""
+        return self.tensor.shape[::-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the matrix as stored."""
+        return self.tensor.num_bytes
+
+    def refs(self) -> Iterator[Weight]:
+        """What is stored."""
+        yield self.tensor
+
+    def read(self) -> torch.Tensor:
+        """The matrix."""
+        return self.tensor.read().T.contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRows:
+    """A stored matrix, each row divided by its length: the head of Baichuan 2."""
+
+    tensor: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the matrix."""
+        return self.tensor.shape
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the matrix as stored."""
+        return self.tensor.num_bytes
+
+    def refs(self) -> Iterator[Weight]:
+        """What is stored."""
+        yield self.tensor
+
+    def read(self) -> torch.Tensor:
+        """The matrix in float32, whatever it is stored in: the quotients are not rounded twice."""
+        return torch.nn.functional.normalize(self.tensor.read().float())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

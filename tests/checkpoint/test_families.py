@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from pyruntime.checkpoint import families, read_model
 from pyruntime.checkpoint.families import FAMILIES, Family
-from pyruntime.checkpoint.families.decoder import ACTIVATIONS, Decoder, Key, Window
+from pyruntime.checkpoint.families.decoder import ACTIVATIONS, Decoder, Window
 from pyruntime.checkpoint.families.family import Fused
+from pyruntime.checkpoint.families.keys import Key
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
 from pyruntime.graph import build, fuse
@@ -149,6 +150,10 @@ CLASSES: dict[str, Any] = {
     "gpt_neox": transformers.GPTNeoXConfig,
     "bitnet": transformers.BitNetConfig,
     "nemotron": transformers.NemotronConfig,
+    "olmo2": transformers.Olmo2Config,
+    "gpt2": transformers.GPT2Config,
+    "mixtral": transformers.MixtralConfig,
+    "qwen2_moe": transformers.Qwen2MoeConfig,
 }
 
 
@@ -156,15 +161,19 @@ CLASSES: dict[str, Any] = {
 def test_defaults_are_those_of_transformers(model_type: str) -> None:
     """Every value that a table takes for an absent key, beside the attribute of transformers' own configuration."""
     decoder, judge = FAMILIES[model_type].decoder, CLASSES[model_type]()
-    for field in dataclasses.fields(decoder):
-        key = getattr(decoder, field.name)
-        if isinstance(key, Key):
+    tables: list[Any] = [decoder] if decoder.experts is None else [decoder, decoder.experts]
+    for key in (getattr(table, field.name) for table in tables for field in dataclasses.fields(table)):
+        # a width that is required has no default
+        if isinstance(key, Key) and key.name != "intermediate_size":
             expected = getattr(judge, key.name)
             assert key.default == (ACTIVATIONS[expected] if isinstance(key.default, Activation) else expected), key
     assert decoder.tied == judge.tie_word_embeddings
     assert decoder.max_position in (None, judge.max_position_embeddings)
     if decoder.head_dim is not None:
         assert decoder.head_dim == judge.head_dim
+    if decoder.rope is None:
+        assert not hasattr(judge, "rope_parameters")
+        return
     ropes = judge.rope_parameters
     whole = ropes.get("full_attention", ropes)
     assert decoder.rope.default_theta == whole["rope_theta"]

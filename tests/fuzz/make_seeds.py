@@ -32,10 +32,22 @@ _LLAMA3: Final = {
     "original_max_position_embeddings": 8,
 }
 _YARN: Final = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 20.0, "mscale": 1.0}
-_TYPES: Final = "mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt_neox nemotron bitnet".split()
+_TYPES: Final = (
+    "mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt_neox nemotron bitnet olmo2 gpt2 mixtral qwen2_moe".split()
+)
 # a quarter of so small a head is no pair that could turn; GPT-NeoX has as many key heads as heads
 _MORE: Final[dict[str, dict[str, Any]]] = {
     "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": 2},
+    "gpt2": {"n_inner": 6, "intermediate_size": None, "num_key_value_heads": None, "head_dim": None},
+    "mixtral": {"num_local_experts": 2},
+    "qwen2_moe": {
+        "num_hidden_layers": 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 3,
+        "shared_expert_intermediate_size": 5,
+        "decoder_sparse_step": 2,
+    },
 }
 # seeds of type llama: what their config.json says beyond the sizes
 _LLAMAS: Final[dict[str, dict[str, Any]]] = {
@@ -80,6 +92,57 @@ _PUZZLETRON: Final[dict[str, Any]] = {
         {"subblock_configs": [{"kind": "attention", "no_op": True}, {"kind": "ffn", "intermediate_size": 6}]},
     ],
 }
+# models that transformers does not have: keys beyond the sizes, and what is stored in place of a Llama's tensors
+_QKV: Final = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+_NORMS: Final = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_Shapes = dict[str, list[int]]
+_OTHERS: Final[dict[str, tuple[dict[str, Any], tuple[str, ...], _Shapes]]] = {
+    "baichuan": (
+        {"model_type": "baichuan", "max_position_embeddings": None, "model_max_length": 16, "z_loss_weight": 0},
+        _QKV,
+        {"self_attn.W_pack.weight": [24, 8]},
+    ),
+    "deepseek": (
+        {
+            "model_type": "deepseek",
+            "n_routed_experts": [1],
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 3,
+            "n_shared_experts": 2,
+        },
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
+        {
+            "mlp.gate.weight": [1, 8],
+            **{f"mlp.experts.0.{role}_proj.weight": [3, 8] for role in ("gate", "up")},
+            "mlp.experts.0.down_proj.weight": [8, 3],
+            **{f"mlp.shared_experts.{role}_proj.weight": [6, 8] for role in ("gate", "up")},
+            "mlp.shared_experts.down_proj.weight": [8, 6],
+        },
+    ),
+    "llama-flap": (
+        {"model_type": "llama"},
+        (),
+        {
+            **{name: [4, 8] for name in _QKV},
+            "self_attn.o_proj.weight": [8, 4],
+            "self_attn.o_proj.bias": [8],
+            "mlp.down_proj.bias": [8],
+        },
+    ),
+    "llama-slicegpt": (
+        {"model_type": "llama"},
+        ("input_layernorm.weight",),
+        {
+            **{name: [8, 6] for name in _QKV},
+            "self_attn.o_proj.weight": [5, 8],
+            **{f"mlp.{role}_proj.weight": [6, 5] for role in ("gate", "up")},
+            "post_attention_layernorm.weight": [1],
+            "attn_shortcut_Q": [6, 5],
+            "mlp_shortcut_Q": [5, 8],
+        },
+    ),
+    "llama-flashnorm": ({"model_type": "llama", "flashnorm": True, "flashnorm_mode": "strict"}, _NORMS, {}),
+}
 
 
 def main() -> None:
@@ -94,6 +157,15 @@ def main() -> None:
         _, stored = _saved("llama", {"num_hidden_layers": 2, "intermediate_size": width})
         kept = {tensor: shape for tensor, shape in stored.items() if not tensor.startswith(absent)}
         _write(name, {**_SIZES, "rms_norm_eps": 1e-5, **blocks}, kept)
+    for name, (keys, gone, new) in _OTHERS.items():
+        _, stored = _saved("llama", {"num_key_value_heads": 2})
+        layer = "model.layers.0."
+        kept = {tensor: shape for tensor, shape in stored.items() if tensor.removeprefix(layer) not in gone}
+        kept |= {layer + tensor: shape for tensor, shape in new.items()}
+        if name == "llama-slicegpt":
+            del kept["model.norm.weight"]
+            kept["model.embed_tokens.weight"] = [7, 6]
+        _write(name, {**_SIZES, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, **keys}, kept)
 
 
 def _saved(model_type: str, more: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[int]]]:

@@ -10,6 +10,7 @@ from typing import Final
 
 from pyruntime.checkpoint.dialects.block_configs import block_configs
 from pyruntime.checkpoint.dialects.declared import Declared, merged
+from pyruntime.checkpoint.dialects.flash_norm import FLASH_NORM_KEYS
 from pyruntime.checkpoint.dialects.layer_lists import layer_lists
 from pyruntime.checkpoint.dialects.llm_drop import llm_drop
 from pyruntime.checkpoint.dialects.per_layer import per_layer_config
@@ -27,7 +28,8 @@ _HARMLESS: Final = frozenset({"anymodel_arch_info", "anymodel_descriptor", "base
 
 def read_dialects(fields: Fields, num_layers: int) -> Declared:
     """What the configuration declares in all dialects together. Raises UsageError CONFIG or DROP."""
-    fields.ignore(_HARMLESS)
+    # as_stored.py holds FlashNorm's flags against the tensors
+    fields.ignore(_HARMLESS | FLASH_NORM_KEYS)
     return merged(dialect(fields, num_layers) for dialect in DIALECTS)
 
 

@@ -19,7 +19,12 @@ KIND_OF: Final = {
     "sliding_window": "attention",
     "intermediate_size": "mlp",
     "hidden_act": "mlp",
+    "num_local_experts": "mlp",
+    "num_experts": "mlp",
+    "n_routed_experts": "mlp",
 }
+# those of them that only mixtures of experts have, by the names of three families
+EXPERT_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts")
 # what a sublayer has that is taken out again before its weights are looked for: families need some size to build it
 _STAND_INS: Final = {
     "attention": {"num_attention_heads": 1, "num_key_value_heads": 1},

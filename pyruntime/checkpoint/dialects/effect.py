@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, Final
 
-from pyruntime.checkpoint.dialects.declared import KIND_OF, Overrides, shown
+from pyruntime.checkpoint.dialects.declared import EXPERT_COUNTS, KIND_OF, Overrides, shown
 from pyruntime.checkpoint.families import Family
 from pyruntime.checkpoint.families.decoder import ACTIVATIONS
 from pyruntime.errors import UsageError
-from pyruntime.spec import MLP, Attention, ModelSpec
+from pyruntime.spec import MLP, Attention, ModelSpec, MoE
 
 # by the key: what the sublayer that it sizes has
 _FOUND: Final[dict[str, Callable[[Any], Any]]] = {
@@ -19,6 +19,7 @@ _FOUND: Final[dict[str, Callable[[Any], Any]]] = {
     "sliding_window": lambda attention: attention.window,
     "intermediate_size": lambda mlp: mlp.up.out_features,
     "hidden_act": lambda mlp: mlp.activation,
+    **dict.fromkeys(EXPERT_COUNTS, lambda mlp: mlp.num_experts if isinstance(mlp, MoE) else None),
 }
 
 
@@ -36,13 +37,17 @@ def readable(overrides: Overrides, family: Family) -> Overrides:
 def check_overrides(spec: ModelSpec, overrides: Overrides, but: Collection[tuple[int, str]] = ()) -> None:
     """Raise UsageError CONFIG where a layer of `spec` is not what `overrides` say.
 
-    Sublayers that are gone or replaced, and those listed in `but`, have no sizes to compare.
+    Sublayers that are gone or replaced, and those listed in `but`, have no sizes to compare; nor have the dense layers
+    of a model with experts any count of them.
     """
+    has_experts = any(isinstance(layer.mlp, MoE) for layer in spec.layers)
     for index, keys in overrides.items():
         for name, value in keys.items():
             kind = KIND_OF[name]
             sublayer = getattr(spec.layers[index], kind)
-            if not isinstance(sublayer, Attention | MLP) or (index, kind) in but:
+            if not isinstance(sublayer, Attention | MLP | MoE) or (index, kind) in but:
+                continue
+            if name in EXPERT_COUNTS and has_experts and isinstance(sublayer, MLP):
                 continue
             found = _FOUND[name](sublayer)
             wanted = value

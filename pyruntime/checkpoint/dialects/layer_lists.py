@@ -1,16 +1,20 @@
-"""Sizes listed layer by layer: `layer_head_num`, `num_key_value_heads_per_layer`, and plain keys that hold a list."""
+"""Sizes listed layer by layer: `layer_head_num`, `num_key_value_heads_per_layer`, and plain keys that hold a list.
+
+Counts of experts too, as expert drop leaves them (He et al., "Demystifying the Compression of Mixture-of-Experts
+Through a Unified Framework", arXiv 2406.02500).
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
-from pyruntime.checkpoint.dialects.declared import Declared, in_words, shown
+from pyruntime.checkpoint.dialects.declared import EXPERT_COUNTS, Declared, in_words, shown
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
 from pyruntime.spec import DropPlan
 
 # a list of 0s and sizes -> the key that it overrides, and the sublayer that is not there where it says 0
-_LISTS: Final = {
+_LISTS: Final[dict[str, tuple[str, str | None]]] = {
     "num_attention_heads": ("num_attention_heads", "attention"),
     "num_key_value_heads": ("num_key_value_heads", "attention"),
     "head_dim": ("head_dim", None),
@@ -18,6 +22,8 @@ _LISTS: Final = {
     "num_key_value_heads_per_layer": ("num_key_value_heads", "attention"),
     "layer_head_num": ("num_attention_heads", "attention"),
     "layer_inter_size": ("intermediate_size", "mlp"),
+    # a mixture without experts may still have a shared one, so 0 has no one meaning
+    **{name: (name, None) for name in EXPERT_COUNTS},
 }
 
 
@@ -35,8 +41,8 @@ def layer_lists(fields: Fields, num_layers: int) -> Declared:
         if sizes is None:
             continue
         names = (name, "num_key_value_heads") if key == "layer_head_num" and _multi_head(fields) else (name,)
-        own = {index: dict.fromkeys(names, size) for index, size in enumerate(sizes)}
-        absent = tuple(index for index, size in enumerate(sizes) if not size)
+        own = {index: dict.fromkeys(names, size) for index, size in enumerate(sizes) if size is not None}
+        absent = tuple(index for index, size in enumerate(sizes) if size == 0)
         if absent and kind is None:
             raise UsageError("CONFIG", f"config.json: {key} is 0 in layer {absent[0]}; expected a size")
         if kind is not None:
@@ -52,7 +58,8 @@ def layer_lists(fields: Fields, num_layers: int) -> Declared:
     return Declared(no_ops=no_ops, overrides={i: keys for i, keys in overrides.items() if keys}, said=said)
 
 
-def _listed(fields: Fields, key: str, name: str, num_layers: int) -> list[int] | None:
+def _listed(fields: Fields, key: str, name: str, num_layers: int) -> list[int | None] | None:
+    """The sizes by layer, or None where the key is no list; a layer without a mixture may have null experts."""
     value = fields.raw(key)
     if value is None or (key == name and not isinstance(value, list)):
         return None
@@ -60,6 +67,8 @@ def _listed(fields: Fields, key: str, name: str, num_layers: int) -> list[int] |
         found = f"has {len(value)} entries" if isinstance(value, list) else f"is {shown(value)}"
         raise UsageError("CONFIG", f"config.json: {key} {found}; expected a list of {num_layers}, one per layer")
     for index, size in enumerate(value):
+        if size is None and key in EXPERT_COUNTS:
+            continue
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise UsageError("CONFIG", f"config.json: {key}[{index}] is {shown(size)}; expected a size, or 0 for none")
     if key == "num_attention_heads" and fields.raw("head_dim") is None:

@@ -12,7 +12,17 @@ from pyruntime.checkpoint.dialects.declared import plan_of
 from pyruntime.checkpoint.families import Family
 from pyruntime.checkpoint.strict_json import nesting
 from pyruntime.errors import UsageError
-from pyruntime.spec import DropPlan, ModelSpec, NormKind, linear_names, sublayer_prefix, weight_shapes
+from pyruntime.spec import (
+    MLP,
+    Attention,
+    DropPlan,
+    ModelSpec,
+    MoE,
+    NormKind,
+    Replacement,
+    sublayer_prefix,
+    weight_shapes,
+)
 from pyruntime.spec.model import Sublayer
 
 _MAX_BYTES: Final = 1 << 16
@@ -207,11 +217,26 @@ def _scale(name: str, scales: _Scales) -> float:
 
 
 def _adds_zero(sublayer: Sublayer, prefix: str, scales: Mapping[str, float]) -> bool:
-    """Whether the last map gives zero and no norm behind it adds to that, or that norm itself gives zero."""
+    """Whether the last maps give zero and no norm behind them adds to that, or that norm itself gives zero."""
     post = sublayer.post
     if post is not None and post.kind in _PLAIN_NORMS and _is_zero(f"{prefix}post", scales):
         return True
-    return _is_zero(f"{prefix}{linear_names(sublayer)[-1]}", scales) and not (post is not None and post.bias)
+    if post is not None and post.bias:
+        return False
+    return all(_is_zero(prefix + name, scales) for name in _last_maps(sublayer))
+
+
+def _last_maps(sublayer: Sublayer) -> list[str]:
+    match sublayer:
+        case Attention():
+            return ["o"]
+        case Replacement():
+            return ["linear"]
+        case MLP():
+            return ["down"]
+        case MoE():
+            experts = [f"experts.{index}.down" for index in range(sublayer.num_experts)]
+            return [*experts, "shared.down"] if sublayer.shared is not None else experts
 
 
 def _is_zero(stem: str, scales: Mapping[str, float]) -> bool:

@@ -37,6 +37,8 @@ def per_layer_config(fields: Fields, num_layers: int) -> Declared:
         overrides[index] = {name: value for name, value in sizes.items() if KIND_OF[name] not in skips}
         idle += [f"{name} of layer {index}" for name in sizes if KIND_OF[name] in skips]
     drops = plan_of(skipped, "per_layer_config")
+    # a layer that is only skipped overrides nothing
+    overrides = {index: sizes for index, sizes in overrides.items() if sizes}
     said = in_words("per_layer_config", drops, num_layers, overrides)
     notes = (f"per_layer_config sizes what it skips, which means nothing: {some(idle)}",) if idle else ()
     return Declared(drops=drops, overrides=overrides, said=said, notes=notes)

@@ -11,7 +11,7 @@ from pyruntime.checkpoint.dialects.effect import check_overrides
 from pyruntime.checkpoint.dialects.layer_files import block_pruner, layer_mapping, reserved_layers
 from pyruntime.checkpoint.dialects.mergekit import mergekit, parse_yaml
 from pyruntime.checkpoint.dialects.names import looks_wrong, names_of
-from pyruntime.checkpoint.families import FAMILIES
+from pyruntime.checkpoint.families import FAMILIES, with_shared_keys
 from pyruntime.checkpoint.fields import Fields, some
 from pyruntime.checkpoint.files import is_there
 from pyruntime.checkpoint.strict_json import MAX_CONFIG_BYTES, parse, read_bytes, read_object
@@ -61,8 +61,8 @@ def _read(path: Path, choice: str | None, spec: ModelSpec | None) -> DropPlan:
         )
     if is_json and _is_numbered(data, int):
         return layer_mapping(data, len(_needed(spec).layers))
-    if is_json and isinstance(data, dict) and "num_hidden_layers" in data:
-        return _of_config(data, path, spec)
+    if is_json and isinstance(data, dict) and "num_hidden_layers" in with_shared_keys(data):
+        return _of_config(with_shared_keys(data), path, spec)
     if not is_json and isinstance(data, dict) and "slices" in data:
         known = _needed(spec)
         return mergekit(data, known, FAMILIES.get(known.family))

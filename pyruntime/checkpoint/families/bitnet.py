@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from pyruntime.checkpoint.families.decoder import Decoder, Key
+from pyruntime.checkpoint.families.decoder import Decoder
 from pyruntime.checkpoint.families.family import Family
+from pyruntime.checkpoint.families.keys import Key
 from pyruntime.checkpoint.families.llama import HARMLESS, NAMES
 from pyruntime.checkpoint.families.rope import RopeKeys
 from pyruntime.spec import Activation

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from pyruntime.checkpoint.families.experts import Experts
+from pyruntime.checkpoint.families.keys import Key
 from pyruntime.checkpoint.families.rope import RopeKeys, rope_from
 from pyruntime.checkpoint.fields import Fields
 from pyruntime.errors import UsageError
@@ -18,6 +20,7 @@ from pyruntime.spec import (
     Layer,
     Linear,
     ModelSpec,
+    MoE,
     Norm,
     NormKind,
     RopeKind,
@@ -35,15 +38,11 @@ ACTIVATIONS: Final = {
     "relu2": Activation.RELU2,
 }
 _ROPE: Final = RopeKeys()
+_NORM_EPS: Final = Key("rms_norm_eps", 1e-6)
+_ACTIVATION: Final = Key("hidden_act", Activation.SILU)
+# of all layers together: names are made of them before the files are opened
+_MAX_EXPERTS_IN_ALL: Final = 1 << 16
 _SLIDING: Final = {"sliding_attention": True, "full_attention": False}
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key of config.json, and what holds where it is absent."""
-
-    name: str
-    default: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,32 +85,41 @@ def _slides(kinds: Any, fields: Fields, index: int) -> bool:
 class Decoder:
     """How a family builds its decoder. A `Key` is read from config.json; anything else holds for all its models.
 
-    `norm` is the kind of every norm but those of q and k; `head_dim` is the size of a head where the configuration
-    does not say it (None: hidden_size / num_attention_heads); `softcap` and `head_softcap` as in the specification;
-    `score_scale` is s for scores times s^-1/2 (None: the size of a head). `scaled_embedding` multiplies the embedding
-    by the square root of its width. `refused` are keys that are not supported unless they are null or false.
+    `norm` is the kind of every norm but those of q and k, which span a head, or all of them where `qk_norm` is "all";
+    `head_dim` is the size of a head where the configuration does not say it (None: hidden_size / num_attention_heads);
+    `softcap` and `head_softcap` as in the specification; `score_scale` is s for scores times s^-1/2 (None: the size of
+    a head), or a function of fields, layer and size of a head that gives the factor itself. `scaled_embedding`
+    multiplies the embedding by the square root of its width. `ffn_multiple` is the width of an MLP, in widths of the
+    stream, where the configuration does not say it. `context` is the key of the longest context. `refused` are keys
+    that are not supported unless they are null or false.
     """
 
     norm: NormKind = NormKind.RMS
-    norm_eps: Key = Key("rms_norm_eps", 1e-6)
+    norm_eps: Key = _NORM_EPS
     norm_bias: bool = False
     gated: bool = True
-    activation: Key = Key("hidden_act", Activation.SILU)
+    activation: Key = _ACTIVATION
     qkv_bias: bool | Key = False
     o_bias: bool | Key = False
     mlp_bias: bool | Key = False
-    qk_norm: bool = False
+    qk_norm: bool | Literal["all"] = False
+    pre_norms: bool = True
     sub_norms: bool = False
     post_norms: bool = False
     parallel: bool | Key = False
     head_dim: int | None = None
-    rope: RopeKeys = _ROPE
+    rope: RopeKeys | None = _ROPE
+    alibi: bool = False
+    learned_positions: bool = False
     window: Window | None = None
-    score_scale: Key | None = None
+    score_scale: Key | Callable[[Fields, int, int], float] | None = None
     softcap: Key | None = None
     head_softcap: Key | None = None
     scaled_embedding: bool = False
     tied: bool = False
+    ffn_multiple: int | None = None
+    experts: Experts | None = None
+    context: str = "max_position_embeddings"
     max_position: int | None = None
     refused: tuple[str, ...] = ()
 
@@ -125,7 +133,7 @@ class Decoder:
         hidden_size = fields.integer("hidden_size", 1, MAX_WIDTH)
         vocab_size = fields.integer("vocab_size", 1, MAX_VOCAB)
         required = () if self.max_position is None else (self.max_position,)
-        max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION, *required)
+        max_position = fields.integer(self.context, 1, MAX_POSITION, *required)
         num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
         head_dim = self._head_dim(fields, hidden_size)
         # the model's own values must be right even where every layer has another one
@@ -134,10 +142,14 @@ class Decoder:
         layers = tuple(
             self._layer(fields.layer(index), index, hidden_size, head_dim, max_position) for index in range(num_layers)
         )
+        _check_experts(layers)
         return ModelSpec(
             family=family,
             embedding=Embedding(
-                vocab_size=vocab_size, size=hidden_size, scale=hidden_size**0.5 if self.scaled_embedding else 1.0
+                vocab_size=vocab_size,
+                size=hidden_size,
+                scale=hidden_size**0.5 if self.scaled_embedding else 1.0,
+                positions=max_position if self.learned_positions else None,
             ),
             layers=layers,
             final_norm=self._norm(fields, hidden_size),
@@ -153,7 +165,7 @@ class Decoder:
         return Layer(
             index=index,
             attention=self._attention(fields, index, hidden_size, head_dim, max_position),
-            mlp=self._mlp(fields, hidden_size),
+            mlp=self._mlp(fields, index, hidden_size),
             parallel=_flag(fields, self.parallel),
         )
 
@@ -179,14 +191,13 @@ class Decoder:
         head_dim = fields.integer("head_dim", 1, MAX_HEAD_DIM, None) or default_head_dim
         bias = _flag(fields, self.qkv_bias)
         slides, window = (False, None) if self.window is None else self.window.at(fields, index)
-        scale = head_dim
-        if self.score_scale is not None:
-            scale = fields.real(self.score_scale.name, 0.0, 1e6, self.score_scale.default)
 
         def project(heads: int) -> Linear:
             return Linear(in_features=hidden_size, out_features=heads * head_dim, bias=bias)
 
-        qk_norm = Norm(kind=self.norm, size=head_dim, eps=self._eps(fields)) if self.qk_norm else None
+        rope = None
+        if self.rope is not None:
+            rope = rope_from(fields, self.rope, head_dim, max_position, sliding=slides)
         return Attention(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -195,30 +206,54 @@ class Decoder:
             k=project(num_kv_heads),
             v=project(num_kv_heads),
             o=Linear(in_features=num_heads * head_dim, out_features=hidden_size, bias=_flag(fields, self.o_bias)),
-            scale=scale**-0.5,
-            rope=rope_from(fields, self.rope, head_dim, max_position, sliding=slides),
+            scale=self._scale(fields, index, head_dim),
+            rope=rope,
+            alibi=self.alibi,
             window=window,
             softcap=_positive(fields, self.softcap),
-            q_norm=qk_norm,
-            k_norm=qk_norm,
-            pre=self._norm(fields, hidden_size),
+            q_norm=self._qk_norm(fields, num_heads, head_dim),
+            k_norm=self._qk_norm(fields, num_kv_heads, head_dim),
+            pre=self._norm(fields, hidden_size) if self.pre_norms else None,
             sub=self._norm(fields, num_heads * head_dim) if self.sub_norms else None,
             post=self._norm(fields, hidden_size) if self.post_norms else None,
         )
 
-    def _mlp(self, fields: Fields, hidden_size: int) -> MLP:
-        ffn_size = fields.integer("intermediate_size", 1, MAX_WIDTH)
+    def _scale(self, fields: Fields, index: int, head_dim: int) -> float:
+        match self.score_scale:
+            case None:
+                return float(head_dim**-0.5)
+            case Key(name, default):
+                return float(fields.real(name, 0.0, 1e6, default) ** -0.5)
+            case given:
+                return given(fields, index, head_dim)
+
+    def _qk_norm(self, fields: Fields, num_heads: int, head_dim: int) -> Norm | None:
+        if not self.qk_norm:
+            return None
+        size = num_heads * head_dim if self.qk_norm == "all" else head_dim
+        return Norm(kind=self.norm, size=size, eps=self._eps(fields))
+
+    def _mlp(self, fields: Fields, index: int, hidden_size: int) -> MLP | MoE:
+        activation = fields.choice(self.activation.name, ACTIVATIONS, self.activation.default)
+        if self.experts is not None and self.experts.at(fields, index):
+            return self.experts.moe(fields, hidden_size, activation, self._norm(fields, hidden_size))
+        ffn_size = self._ffn_size(fields, hidden_size)
         bias = _flag(fields, self.mlp_bias)
         widen = Linear(in_features=hidden_size, out_features=ffn_size, bias=bias)
         return MLP(
             gate=widen if self.gated else None,
             up=widen,
             down=Linear(in_features=ffn_size, out_features=hidden_size, bias=bias),
-            activation=fields.choice(self.activation.name, ACTIVATIONS, self.activation.default),
-            pre=self._norm(fields, hidden_size),
+            activation=activation,
+            pre=self._norm(fields, hidden_size) if self.pre_norms else None,
             sub=self._norm(fields, ffn_size) if self.sub_norms else None,
             post=self._norm(fields, hidden_size) if self.post_norms else None,
         )
+
+    def _ffn_size(self, fields: Fields, hidden_size: int) -> int:
+        if self.ffn_multiple is None:
+            return int(fields.integer("intermediate_size", 1, MAX_WIDTH))
+        return int(fields.integer("intermediate_size", 1, MAX_WIDTH, None) or self.ffn_multiple * hidden_size)
 
     def _norm(self, fields: Fields, size: int) -> Norm:
         return Norm(kind=self.norm, size=size, eps=self._eps(fields), bias=self.norm_bias)
@@ -236,6 +271,14 @@ def _positive(fields: Fields, key: Key | None) -> float | None:
     if key is None or fields.optional(key.name, key.default) is None:
         return None
     return float(fields.real(key.name, 0.0, 1e6, key.default))
+
+
+def _check_experts(layers: tuple[Layer, ...]) -> None:
+    count = sum(layer.mlp.num_experts for layer in layers if isinstance(layer.mlp, MoE))
+    if count > _MAX_EXPERTS_IN_ALL:
+        raise UsageError(
+            "CONFIG", f"config.json: {count} experts in all layers; at most {_MAX_EXPERTS_IN_ALL} are supported"
+        )
 
 
 def _trained_contexts(layers: tuple[Layer, ...]) -> set[int]:

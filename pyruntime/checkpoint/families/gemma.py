@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Final
 
-from pyruntime.checkpoint.families.decoder import Decoder, Key, Window
+from pyruntime.checkpoint.families.decoder import Decoder, Window
 from pyruntime.checkpoint.families.family import Family
+from pyruntime.checkpoint.families.keys import Key
 from pyruntime.checkpoint.families.llama import HARMLESS, NAMES
 from pyruntime.checkpoint.families.rope import RopeKeys
 from pyruntime.checkpoint.fields import Fields

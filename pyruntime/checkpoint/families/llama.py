@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from pyruntime.checkpoint.families.decoder import Decoder, Key
+from pyruntime.checkpoint.families.decoder import Decoder
 from pyruntime.checkpoint.families.family import Family
+from pyruntime.checkpoint.families.keys import Key
 
 # many families kept Llama's names
 NAMES: Final = {
@@ -32,6 +33,12 @@ LLAMA: Final = Family(
         max_position=2048,
     ),
     names=NAMES,
+    # of SliceGPT, which multiplies from the right
+    bare={
+        f"layers.{{}}.{kind}.shortcut.weight": f"model.layers.{{}}.{name}_shortcut_Q"
+        for kind, name in {"attention": "attn", "mlp": "mlp"}.items()
+    },
+    transposed=frozenset({"attention.shortcut", "mlp.shortcut"}),
     # pretraining_tp splits a matrix product without changing it
     harmless=HARMLESS | {"pretraining_tp", "rope_interleaved", "is_llama_config", "max_sequence_length"},
     stale=("rotary_emb.inv_freq",),

@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from pyruntime.checkpoint.families.decoder import Decoder, Key, Window
+from pyruntime.checkpoint.families.decoder import Decoder, Window
 from pyruntime.checkpoint.families.family import Family
+from pyruntime.checkpoint.families.keys import Key
 from pyruntime.checkpoint.families.llama import HARMLESS, NAMES
 
 MISTRAL: Final = Family(

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Final
 
-from pyruntime.checkpoint.families.decoder import Key, Window
+from pyruntime.checkpoint.families.decoder import Window
+from pyruntime.checkpoint.families.keys import Key
 from pyruntime.checkpoint.families.llama import LLAMA, NAMES
 
 NEMOTRON_NAS: Final = replace(

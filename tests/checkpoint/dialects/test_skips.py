@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from pyruntime.bench import summary
 from pyruntime.checkpoint import read_model
+from pyruntime.passes import load_drop_plan
 from tests.checkpoint.dialects.tiny import attention, check_parity, config_of, mlp, refused, spec_of, write
 
 UNCLEAR: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -74,3 +76,10 @@ def test_an_exact_width_counts_whatever_the_multiplier_says(tmp_path: Path) -> N
         spec = spec_of((attention(4), mlp(40)))
         folder = write(tmp_path / name, config_of(1, block_configs=blocks), spec)
         assert read_model(folder).spec.layers == spec.layers
+
+
+def test_skips_alone_are_a_plan_for_any_model(tmp_path: Path) -> None:
+    """They override nothing whose meaning would depend on the model."""
+    (tmp_path / "config.json").write_text(json.dumps(config_of(4, per_layer_config={"2": {"skip": ["attention"]}})))
+    plan = load_drop_plan(tmp_path)
+    assert (plan.attention, plan.mlp) == ((2,), ())
