@@ -99,6 +99,6 @@ def _why_not(spec: ModelSpec, family: Family) -> str:
                 skip = "a skip" if sublayer.residual else "no skip"
                 return (
                     f"merging is exact only without skips and norms, and the {kind} of layer {layer.index} has {skip} "
-                    f"and {norm}; use a checkpoint of a family without them"
+                    f"and {norm}; a merged model has model_type skipless and a spec (docs/formats.md)"
                 )
     return f"family {spec.family} does not know it; remove the key"
