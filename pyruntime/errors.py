@@ -7,7 +7,7 @@ from typing import Final
 EXIT_BUG: Final = 70
 # a message may quote a value of a hostile file
 _MAX_MESSAGE: Final = 2000
-_RUN_EXIT_CODES: Final = {"NUMERICS": 4, "IO": 5, "LOCKED": 6, "MEMORY": 7}
+_RUN_EXIT_CODES: Final = {"NUMERICS": 4, "MERGE_ILL_CONDITIONED": 4, "IO": 5, "LOCKED": 6, "MEMORY": 7}
 
 
 class PyruntimeError(Exception):
@@ -50,7 +50,10 @@ class CheckpointError(PyruntimeError):
 
 
 class RunError(PyruntimeError):
-    """The machine or the numbers failed: NUMERICS (exit 4), IO (5), LOCKED (6), MEMORY (7), anything else 70."""
+    """The machine or the numbers failed.
+
+    NUMERICS, MERGE_ILL_CONDITIONED (exit 4), IO (5), LOCKED (6), MEMORY (7), anything else 70.
+    """
 
     @property
     def exit_code(self) -> int:

@@ -8,5 +8,18 @@ from pyruntime.passes.drop import (
     parse_layers,
     save_drop_plan,
 )
+from pyruntime.passes.merge import GateMode, MergeKind, MergeOptions, MergeReport, merge
 
-__all__ = ["drop", "kv_values_per_token", "load_drop_plan", "make_drop_plan", "parse_layers", "save_drop_plan"]
+__all__ = [
+    "GateMode",
+    "MergeKind",
+    "MergeOptions",
+    "MergeReport",
+    "drop",
+    "kv_values_per_token",
+    "load_drop_plan",
+    "make_drop_plan",
+    "merge",
+    "parse_layers",
+    "save_drop_plan",
+]

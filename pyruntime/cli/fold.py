@@ -1,0 +1,165 @@
+"""`pyruntime fold`: the same model with less to read and compute, as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from pyruntime.bench.summary import num_weights
+from pyruntime.checkpoint import Model, read_model, resolve_model
+from pyruntime.checkpoint.writer import Written, write_native
+from pyruntime.cli import folding as f
+from pyruntime.cli import options as o
+from pyruntime.errors import UsageError
+from pyruntime.passes.fold import FoldReport, fold_reports, identity_blocks, stored_as
+from pyruntime.plan import DTYPES
+
+_DTYPES: Final = ("float32", "bfloat16", "float16")
+
+Out = Annotated[Path, typer.Argument(help="Folder for the rewritten checkpoint.", show_default=False)]
+Norms = Annotated[bool, typer.Option("--norms", help="Gains, biases and means of norms into the maps around them.")]
+Biases = Annotated[bool, typer.Option("--biases", help="Biases of values into the output, of keys away.")]
+Zero = Annotated[bool, typer.Option("--zero", help="Drop sublayers that add zero.")]
+MlpPrefix = Annotated[bool, typer.Option("--mlp-prefix", help="MLPs before the first attention into the embedding.")]
+AllExact = Annotated[bool, typer.Option("--all-exact", help="--zero --mlp-prefix --norms --biases.")]
+FirstLayer = Annotated[bool, typer.Option("--first-layer", help="A row of q, k, v for each token (more memory).")]
+CancelNorms = Annotated[bool, typer.Option("--cancel-norms", help="Norms before normed q, k and v, if eps allows.")]
+Slim = Annotated[str | None, typer.Option("--slim", help="Cache keys or inputs alone: keys, inputs.")]
+Matshrink = Annotated[bool, typer.Option("--matshrink", help="An identity in the value map of each head.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="What to store: auto, float32, bfloat16 or float16.")]
+Gate = Annotated[float, typer.Option("--gate", help="Largest NMSE of the logits with weights as stored.", min=0.0)]
+Force = Annotated[bool, typer.Option("--force", help="Take what a gate refuses; the manifest says so.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Rewrite, check and show, write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of a folder that is there.")]
+
+
+def fold(
+    model: o.Model,
+    out: Out,
+    all_exact: AllExact = False,
+    zero: Zero = False,
+    mlp_prefix: MlpPrefix = False,
+    norms: Norms = False,
+    biases: Biases = False,
+    first_layer: FirstLayer = False,
+    cancel_norms: CancelNorms = False,
+    slim: Slim = None,
+    matshrink: Matshrink = False,
+    dtype: Dtype = "auto",
+    gate: Gate = 5e-4,
+    force: Force = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    revision: o.Revision = None,
+    prefer: o.Prefer = None,
+    ignore_config_keys: o.IgnoreConfigKeys = None,
+    as_json: o.Json = False,
+) -> None:
+    """Rewrite a model without changing its logits, and write it in pyruntime's own format."""
+    read = read_model(resolve_model(model, revision), o.read_options(prefer, ignore_config_keys))
+    options = f.FoldOptions(
+        zero=zero or all_exact,
+        mlp_prefix=mlp_prefix or all_exact,
+        cancel_norms=cancel_norms,
+        first_layer=first_layer,
+        norms=norms or all_exact,
+        biases=biases or all_exact,
+        slim=f.cached_of(slim),
+        matshrink=matshrink,
+        dtype=_dtype(read, dtype),
+        force=force,
+    )
+    if options == f.FoldOptions(dtype=options.dtype, force=force):
+        raise UsageError("FOLD", "no rewrite is named; expected --all-exact, --norms or others (see --help)")
+    streams = f.attention_streams(read, f.arithmetic(read, options.dtype)) if cancel_norms else {}
+    rewritten = f.rewrite(stored_as(read, options.dtype), options, streams)
+    facts = _facts(read, rewritten, options, f.check(read, options, streams, gate))
+    if not dry_run:
+        written = _write(rewritten, read, options, out, overwrite, facts)
+        facts |= {"path": str(written.path), "num_tensors": written.num_tensors, "written_bytes": written.weight_bytes}
+    print(json.dumps(facts)) if as_json else _show(facts, out)
+
+
+def _dtype(model: Model, asked: str) -> str:
+    if asked not in ("auto", *_DTYPES):
+        raise UsageError("DTYPE", f"dtype {asked!r} cannot be stored; expected auto, {', '.join(_DTYPES)}")
+    return model.dtype if asked == "auto" else asked
+
+
+def _facts(before: Model, after: Model, options: f.FoldOptions, check: f.Check) -> dict[str, Any]:
+    """What was rewritten and what came of it, JSON-ready; bytes as stored."""
+    itemsize = DTYPES[options.dtype].itemsize
+    return {
+        "dtype": options.dtype,
+        "forced": options.force,
+        "passes": [_report(report, itemsize) for report in fold_reports(after)],
+        "num_weights_before": num_weights(before.spec),
+        "num_weights": num_weights(after.spec),
+        "identity_blocks_before": identity_blocks(before) if options.matshrink else {},
+        "nmse_float64": check.exact,
+        "nmse_stored": check.stored,
+        "checked_in": check.dtype,
+    }
+
+
+def _report(report: FoldReport, itemsize: int) -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "rewritten": list(report.rewritten),
+        "removed": list(report.removed),
+        "num_weights": report.num_weights,
+        "weight_bytes": report.weight_bytes,
+        "flops_per_token": report.flops_per_token,
+        "kv_bytes_per_token": report.kv_values_per_token * itemsize,
+        "notes": list(report.notes),
+    }
+
+
+def _write(
+    rewritten: Model, read: Model, options: f.FoldOptions, out: Path, overwrite: bool, facts: dict[str, Any]
+) -> Written:
+    made = {"fold": {name: facts[name] for name in ("dtype", "forced", "passes", "nmse_float64", "nmse_stored")}}
+    # shown only on a terminal, and only when it takes longer than a moment
+    with tqdm(desc="Writing", unit="B", unit_scale=True, disable=None, delay=1.0, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return write_native(
+            rewritten,
+            out,
+            dtype=options.dtype,
+            overwrite=overwrite,
+            made=made,
+            progress=advance,
+            files_from=read.path,
+        )
+
+
+def _show(facts: dict[str, Any], out: Path) -> None:
+    table = Table("saved by", "changed", "weights", "bytes", "FLOPs/token", "KV bytes/token", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for each in facts["passes"]:
+        changed = len(each["rewritten"]) + len(each["removed"])
+        saved = (each[name] for name in ("num_weights", "weight_bytes", "flops_per_token", "kv_bytes_per_token"))
+        table.add_row(each["name"], str(changed), *(f"{count:,}" for count in saved))
+    exact = facts["nmse_float64"]
+    console = Console(highlight=False)
+    console.print(table)
+    lines = [
+        *(f"{each['name']}: {note}" for each in facts["passes"] for note in each["notes"]),
+        *(f"identity blocks found in {name}: {count}" for name, count in facts["identity_blocks_before"].items()),
+        f"weights             {facts['num_weights']:,} of {facts['num_weights_before']:,}",
+        f"logits              NMSE {facts['nmse_stored']:.1e} with weights in {facts['dtype']}"
+        + (f", computed in {facts['checked_in']}" if exact is None else f"; {exact:.1e} unrounded in float64"),
+        f"wrote {facts['path']}: {facts['num_tensors']} tensors" if "path" in facts else f"nothing written to {out}",
+    ]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
