@@ -14,8 +14,14 @@ from pyruntime import env
 from pyruntime.cli.bench import bench_app
 from pyruntime.cli.chat import chat
 from pyruntime.cli.collect_env import collect_env
+from pyruntime.cli.evaluate import evaluate
+from pyruntime.cli.fold import fold
 from pyruntime.cli.generate import generate
 from pyruntime.cli.inspect import inspect
+from pyruntime.cli.merge import merge
+from pyruntime.cli.prune import prune
+from pyruntime.cli.score import score
+from pyruntime.cli.tradeoff import tradeoff
 from pyruntime.cli.verify import verify
 from pyruntime.errors import EXIT_BUG, PyruntimeError
 
@@ -32,6 +38,12 @@ app.command()(generate)
 app.command()(chat)
 app.command()(inspect)
 app.command()(verify)
+app.command()(score)
+app.command()(prune)
+app.command()(fold)
+app.command()(merge)
+app.command("eval")(evaluate)
+app.command()(tradeoff)
 app.add_typer(bench_app)
 app.command("collect-env")(collect_env)
 

@@ -40,6 +40,20 @@ CheckWeights = Annotated[
     bool | None,
     typer.Option("--check-weights/--no-check-weights", help="Look for NaN and infinity (default: up to 4 GB)."),
 ]
+EvalText = Annotated[
+    Path | None, typer.Option("--text", help="Held-out text: a file, or .jsonl with a text a line.", dir_okay=False)
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", help="Multiple choice in .jsonl files, and tasks of lm-eval by name: a.jsonl,piqa."),
+]
+Window = Annotated[int | None, typer.Option("--window", help="Tokens of a window (default: the context, up to 2048).")]
+Stride = Annotated[
+    int | None, typer.Option("--stride", help="Tokens between windows (default: all but one; less: more context).")
+]
+Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Open each window (default: as the tokenizer does).")]
+MaxChars = Annotated[int | None, typer.Option("--max-chars", min=1, help="Take this much of the text only.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take this many items of each task only.")]
 MaxModelLen = Annotated[
     int | None, typer.Option("--max-model-len", help="Longest sequence in tokens (default: the model's context).")
 ]

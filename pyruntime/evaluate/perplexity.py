@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
-from pyruntime.errors import RunError, UsageError
-from pyruntime.ops.step import SequenceSlice, make_step
+from pyruntime.evaluate.statistics import Estimate, by_unit, ratio_of
+from pyruntime.evaluate.texts import TokenizedText
 from pyruntime.plan import Plan
+from pyruntime.plan.likelihood import Progress, negative_log_likelihood, token_losses
 
-_PAGE_SIZE: Final = 64
-# rows of logits in memory at a time: 256 rows of a vocabulary of 128k in float32 are 128 MB
-_CHUNK: Final = 256
+# exp of more is no float
+_MOST_NATS: Final = 709.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,58 +27,67 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp of the mean negative log-likelihood per token."""
-        return math.exp(self.nll / self.num_tokens)
+        """exp of the mean negative log-likelihood per token, at most the largest number there is."""
+        return math.exp(min(self.nll / self.num_tokens, _MOST_NATS))
 
     def bits_per_byte(self, num_bytes: int) -> float:
         """The same sum in bits, over the bytes of the text."""
         return self.nll / math.log(2) / num_bytes
 
 
-def perplexity(
-    plan: Plan, sequences: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None
-) -> Perplexity:
+@dataclass(frozen=True, slots=True)
+class TextQuality:
+    """Losses of a text's predicted tokens in nats, window by window: what perplexity and its error are made of."""
+
+    text: TokenizedText
+    losses: tuple[torch.Tensor, ...]
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """Sum and count over the whole text."""
+        return Perplexity(math.fsum(float(each.sum()) for each in self.losses), sum(map(len, self.losses)))
+
+    @property
+    def nats_per_token(self) -> Estimate:
+        """Mean loss of a token; its error over documents, or over windows of one document."""
+        return ratio_of(*by_unit(self.losses, self.text.units))
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures with their standard errors; that of the perplexity is the perplexity times that of the mean loss."""
+        found, mean = self.perplexity, self.nats_per_token
+        return {
+            "perplexity": found.value,
+            "perplexity_stderr": None if mean.error is None else found.value * mean.error,
+            "bits_per_byte": found.bits_per_byte(self.text.num_bytes) if self.text.num_bytes else None,
+            "nats_per_token": mean.mean,
+            "nats_per_token_stderr": mean.error,
+            "stderr_over": self.text.unit,
+            "nll": found.nll,
+            "num_tokens": found.num_tokens,
+        }
+
+
+def perplexity(plan: Plan, sequences: Sequence[Sequence[int]], progress: Progress | None = None) -> Perplexity:
     """Perplexity of `sequences` of token ids; the first token of each is context only.
 
     Log-likelihoods are summed in float64. `progress` is called with the tokens of each sequence. Raises UsageError
     for sequences without anything to predict and for ids outside the vocabulary, RunError NUMERICS for logits that
     are not finite.
     """
-    if not any(len(sequence) > 1 for sequence in sequences):
-        raise UsageError("TEXT", "the text has no token to predict; expected at least two tokens")
-    for token_id in {token_id for sequence in sequences for token_id in sequence}:
-        # a negative id would silently index from the end
-        if not 0 <= token_id < plan.vocab_size:
-            raise UsageError(
-                "TEXT", f"the text holds token {token_id}; the model has tokens 0 to {plan.vocab_size - 1}"
-            )
-    longest = max(len(sequence) for sequence in sequences)
-    if longest > plan.max_position:
-        raise UsageError(
-            "TEXT", f"a sequence has {longest} tokens; the model holds {plan.max_position}: cut it with windows()"
-        )
-    num_pages = -(-longest // _PAGE_SIZE)
-    cache = plan.new_cache(num_pages, _PAGE_SIZE)
-    nll, count = 0.0, 0
-    for sequence in sequences:
-        for start in range(0, len(sequence) - 1, _CHUNK):
-            ids = sequence[start : min(start + _CHUNK, len(sequence) - 1)]
-            piece = SequenceSlice(ids, start, range(num_pages), range(len(ids)))
-            logits = plan.run(make_step([piece], cache, plan.device))
-            targets = torch.tensor(sequence[start + 1 : start + 1 + len(ids)], device=plan.device)
-            nll += float(torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum"))
-        count += max(0, len(sequence) - 1)
-        if progress is not None:
-            progress(len(sequence))
-    if not math.isfinite(nll):
-        raise RunError("NUMERICS", "the logits are not finite; check the weights, or use dtype float32")
-    return Perplexity(nll, count)
+    return Perplexity(*negative_log_likelihood(plan, sequences, progress))
 
 
-def windows(token_ids: Sequence[int], length: int, bos: int | None = None) -> list[list[int]]:
-    """`token_ids` cut into pieces of at most `length` tokens, each opened by `bos` if there is one."""
-    head = [] if bos is None else [bos]
-    size = length - len(head)
-    if size < 1:
-        raise UsageError("TEXT", f"windows of {length} tokens hold nothing; expected at least {len(head) + 1}")
-    return [[*head, *token_ids[start : start + size]] for start in range(0, len(token_ids), size)]
+def text_quality(plan: Plan, text: TokenizedText, progress: Progress | None = None) -> TextQuality:
+    """Losses of `text` under `plan`; errors and `progress` as in `perplexity`."""
+    return TextQuality(text, tuple(token_losses(plan, text.windows, progress)))
+
+
+def change(before: TextQuality, after: TextQuality) -> Estimate:
+    """Relative change of the perplexity on the same windows: 0.05 is 5 % more; errors are those of pairs.
+
+    The two losses of a token go up and down together, so their difference is known far better than either.
+    """
+    differences = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
+    found = ratio_of(*by_unit(differences, before.text.units))
+    factor = math.exp(min(found.mean, _MOST_NATS))
+    return Estimate(factor - 1, None if found.error is None else factor * found.error)

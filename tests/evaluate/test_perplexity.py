@@ -119,7 +119,13 @@ def test_windows_hold_every_token_once_in_order(ids: list[int], length: int, bos
     assert all(heads < len(window) <= length for window in found)
 
 
-def test_a_text_longer_than_the_context_is_refused(make_llama: Callable[..., tuple[Path, Any]]) -> None:
-    plan = make_plan(make_llama()[0])
-    with pytest.raises(UsageError, match=r"65 tokens.*64"):
-        perplexity(plan, [[1] * 65])
+def test_a_text_longer_than_the_context_is_refused(make_llama: MakeLlama) -> None:
+    folder, hf_model = make_llama()
+    plan, sequence = make_plan(folder), text(65)
+    # 64 tokens are read, and the last one is only predicted
+    with torch.no_grad():
+        rows = hf_model(torch.tensor([sequence[:64]])).logits[0].double()
+    expected = float(torch.nn.functional.cross_entropy(rows, torch.tensor(sequence[1:]), reduction="sum"))
+    assert perplexity(plan, [sequence]).nll == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UsageError, match=r"66 tokens.*64 and predicts one more"):
+        perplexity(plan, [[1] * 66])
