@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,26 +15,10 @@ import torch
 from pyruntime.checkpoint import read_model
 from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.spec import DropPlan
+from tests.examples.training import command, write_text
 from tests.helpers import all_logits, hf_logits, make_plan, relative_error
 
 pytestmark = pytest.mark.slow
-
-SCRIPT = Path(__file__).parent.parent.parent / "examples" / "train.py"
-SIZES = [
-    "--layers=2", "--hidden=16", "--heads=2", "--kv-heads=1", "--ffn=24", "--vocab=300", "--context=32", "--batch=2",
-    "--eval-every=5", "--save-every=5", "--threads=1", "--precision=float32",
-]  # fmt: skip
-
-
-def write_text(path: Path) -> None:
-    rng = random.Random(0)
-    words = ["".join(rng.choice("aeioudnrst") for _ in range(rng.randint(1, 7))) for _ in range(200)]
-    paragraphs = [" ".join(rng.choice(words) for _ in range(60)) + "." for _ in range(900)]
-    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
-
-
-def command(text: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), str(text), "-o", str(out), *SIZES, *more]
 
 
 def test_a_killed_run_goes_on_and_exports_a_llama(tmp_path: Path) -> None:

@@ -169,6 +169,9 @@ def specs(draw: st.DrawFn, skipless: bool = True) -> ModelSpec:
             width = width if sublayer is None else sublayer.out_size
             chosen.append(sublayer)
         layers.append(Layer(index=index, attention=chosen[0], mlp=chosen[1], parallel=parallel))
+    linear = draw(linears(width, vocab))
+    # a tied head is the embedding, which has no triangular form
+    tied = width == size and not linear.triangular and draw(st.booleans())
     max_position = draw(st.integers(1, 1 << 24))
     positions = draw(st.none() | st.integers(max_position, 1 << 24))
     return ModelSpec(
@@ -176,10 +179,6 @@ def specs(draw: st.DrawFn, skipless: bool = True) -> ModelSpec:
         embedding=Embedding(vocab_size=vocab, size=size, scale=draw(reals), positions=positions),
         layers=tuple(layers),
         final_norm=draw(st.none() | norms(width)),
-        head=Head(
-            linear=draw(linears(width, vocab)),
-            tied=width == size and draw(st.booleans()),
-            softcap=draw(st.none() | reals),
-        ),
+        head=Head(linear=linear, tied=tied, softcap=draw(st.none() | reals)),
         max_position=max_position,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,8 +186,7 @@ def test_transformers_writes_the_same_skips(mistral: Judge, tmp_path: Path) -> N
 def test_bfloat16_stays_bfloat16(make_llama: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
     folder, hf_model = make_llama()
     source = tmp_path / "source"
-    hf_model.to(torch.bfloat16).save_pretrained(source)
-    hf_model.float()
+    copy.deepcopy(hf_model).to(torch.bfloat16).save_pretrained(source)
     for dialect in WRITE_DIALECTS:
         write_pruned(source, PLANS["mixed"], tmp_path / dialect, dialect=dialect)
         assert read_model(tmp_path / dialect).dtype == "bfloat16"
