@@ -6,8 +6,12 @@
 Every tenth block of the text (about 16 KB, cut at a paragraph) is held out: neither the tokenizer nor the model sees
 it. Training skips whole sublayers at random ("LayerDrop", Fan et al. 2019), attention more often than MLP and deep
 layers more often than shallow ones, so that the exported model bears the loss of sublayers. The learning rate follows
-elapsed time: a run ends when asked to, with a decayed rate, on a machine of any speed. OUT/state keeps what a resumed
-run needs until the export.
+elapsed time: a run ends when asked to, with a decayed rate, on a machine of any speed; with --steps it follows steps.
+OUT/state keeps what a resumed run needs until the export.
+
+    python examples/train.py TEXT -o OUT --steps 1500 --skipless --norm none --optimizer muon
+
+trains a model without residual connections, whose format is pyruntime's own (train_skipless.py, train_export.py).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,14 +35,23 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from train_export import export_model, export_tokenizer, write_json
 from train_model import Config, Llama
+from train_optimizer import learning_rate, make_optimizers
+from train_skipless import Skipless
 from train_text import Data, encode, train_batch
+
+Model = Llama | Skipless
 
 # settings that a resumed run may change
 FREE_ON_RESUME = {"minutes", "threads", "precision", "compile", "eval_every", "save_every"}
 
 
 def skipped_sublayers(step: int, cfg: Config) -> frozenset[tuple[str, int]]:
-    """Draws the sublayers to leave out of a step; the probability rises linearly with depth."""
+    """Draws the sublayers to leave out of a step; the probability rises linearly with depth.
+
+    None is left out of a model without residual connections: it would leave nothing of the stream.
+    """
+    if cfg.skipless:
+        return frozenset()
     rng = random.Random(cfg.seed * 1_000_003 + step)
     rates = {"attn": cfg.skip_attn, "mlp": cfg.skip_mlp}
     return frozenset(
@@ -48,14 +62,8 @@ def skipped_sublayers(step: int, cfg: Config) -> frozenset[tuple[str, int]]:
     )
 
 
-def learning_rate(step: int, progress: float, cfg: Config) -> float:
-    """Linear warm-up by steps, then a cosine by elapsed time, from cfg.lr to a fiftieth of it."""
-    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return cfg.lr * min(1.0, (step + 1) / cfg.warmup_steps) * cosine
-
-
 @torch.no_grad()
-def evaluate(model: Llama, windows: tuple[Tensor, Tensor], stride: int = 1) -> tuple[float, int]:
+def evaluate(model: Model, windows: tuple[Tensor, Tensor], stride: int = 1) -> tuple[float, int]:
     """Mean negative log likelihood per token in nats, and the number of tokens, over every stride-th window."""
     model.eval()
     inputs, targets = windows[0][::stride], windows[1][::stride]
@@ -76,12 +84,21 @@ class Progress:
     curve: list[dict[str, float]]
 
 
-def save_state(folder: Path, model: Llama, optimizer: torch.optim.AdamW, progress: Progress) -> None:
+def optimizer_state(weight: Tensor, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The moments of a weight, kept by the one optimizer that has it."""
+    owner = next(
+        each for each in optimizers for group in each.param_groups if any(w is weight for w in group["params"])
+    )
+    state: dict[str, Tensor] = owner.state[weight]
+    return state
+
+
+def save_state(folder: Path, model: Model, optimizers: list[torch.optim.Optimizer], progress: Progress) -> None:
     """Writes weights, optimizer moments and progress; the old state stays whole until the new one is."""
     tensors = {}
     for name, weight in model.named_parameters():
         tensors[f"weight/{name}"] = weight.detach()
-        for key, value in optimizer.state.get(weight, {}).items():
+        for key, value in optimizer_state(weight, optimizers).items():
             tensors[f"{key}/{name}"] = value
     metadata = {"progress": json.dumps(asdict(progress)), "config": json.dumps(asdict(model.cfg))}
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +106,7 @@ def save_state(folder: Path, model: Llama, optimizer: torch.optim.AdamW, progres
     os.replace(folder / "next.safetensors", folder / "state.safetensors")
 
 
-def load_state(folder: Path, model: Llama, optimizer: torch.optim.AdamW) -> Progress:
+def load_state(folder: Path, model: Model, optimizers: list[torch.optim.Optimizer]) -> Progress:
     """Restores what save_state wrote."""
     path = folder / "state.safetensors"
     if not path.exists():
@@ -107,19 +124,11 @@ def load_state(folder: Path, model: Llama, optimizer: torch.optim.AdamW) -> Prog
             if key == "weight":
                 weights[name].copy_(value)
             else:
-                optimizer.state[weights[name]][key] = value
+                optimizer_state(weights[name], optimizers)[key] = value
     return Progress(**json.loads(metadata["progress"]))
 
 
-def make_optimizer(model: Llama, cfg: Config) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms alone."""
-    matrices = [w for w in model.parameters() if w.dim() == 2]
-    vectors = [w for w in model.parameters() if w.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-
-
-def train_step(model: Llama, optimizer: torch.optim.AdamW, batch: tuple[Tensor, Tensor], step: int) -> float:
+def train_step(model: Model, optimizers: list[torch.optim.Optimizer], batch: tuple[Tensor, Tensor], step: int) -> float:
     """One update; returns the mean loss in nats per token."""
     cfg = model.cfg
     torch.manual_seed(cfg.seed * 1_000_003 + step)
@@ -128,14 +137,16 @@ def train_step(model: Llama, optimizer: torch.optim.AdamW, batch: tuple[Tensor, 
         loss = model(*batch, skipped_sublayers(step, cfg)).mean()
     if not math.isfinite(float(loss.detach())):
         raise RuntimeError(f"step {step}: loss is {float(loss.detach())}; resume with a lower --lr")
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return float(loss.detach())
 
 
-def curve_point(model: Llama, data: Data, progress: Progress, losses: list[float]) -> dict[str, float]:
+def curve_point(model: Model, data: Data, progress: Progress, losses: list[float]) -> dict[str, float]:
     """A row of the learning curve; held-out bits per byte are those of every eighth window."""
     nats, _ = evaluate(model, data.windows, stride=8)
     return {
@@ -146,32 +157,38 @@ def curve_point(model: Llama, data: Data, progress: Progress, losses: list[float
     }
 
 
-def train(model: Llama, data: Data, state: Path, resume: bool) -> Progress:
-    """Trains until cfg.minutes have passed, counting the time of earlier runs when resumed."""
+def share_done(progress: Progress, cfg: Config) -> float:
+    """How much of the run lies behind, 1 at its end."""
+    done, whole = (progress.step, cfg.steps) if cfg.steps else (progress.seconds, 60 * cfg.minutes)
+    return done / whole if whole else 1.0
+
+
+def train(model: Model, data: Data, state: Path, resume: bool) -> Progress:
+    """Trains for cfg.steps, or where they are 0 until cfg.minutes have passed, earlier runs counted when resumed."""
     cfg, losses = model.cfg, []
-    optimizer = make_optimizer(model, cfg)
-    progress = load_state(state, model, optimizer) if resume else Progress(0, 0.0, [])
+    optimizers = make_optimizers(model, cfg)
+    progress = load_state(state, model, optimizers) if resume else Progress(0, 0.0, [])
     last, mark = time.monotonic(), progress.seconds
-    while progress.seconds < 60 * cfg.minutes:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress.step, progress.seconds / (60 * cfg.minutes), cfg)
-        losses.append(train_step(model, optimizer, train_batch(data.stream, progress.step, cfg), progress.step))
+    while (done := share_done(progress, cfg)) < 1:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = learning_rate(progress.step, done, cfg)
+        losses.append(train_step(model, optimizers, train_batch(data.stream, progress.step, cfg), progress.step))
         progress.step += 1
         progress.seconds, last = progress.seconds + time.monotonic() - last, time.monotonic()
         if progress.step % cfg.eval_every == 0:
             progress.curve.append(curve_point(model, data, progress, losses))
             rate = len(losses) * cfg.batch * cfg.context / (progress.seconds - mark)
-            eta = cfg.minutes - progress.seconds / 60
+            eta = progress.seconds / 60 * (1 / share_done(progress, cfg) - 1)
             row = (f"{k} {v}" for k, v in progress.curve[-1].items())
             print(*row, f"tokens/s {rate:.0f} eta {eta:.1f} min", flush=True)
             losses, mark = [], progress.seconds
         if progress.step % cfg.save_every == 0:
-            save_state(state, model, optimizer, progress)
-    save_state(state, model, optimizer, progress)
+            save_state(state, model, optimizers, progress)
+    save_state(state, model, optimizers, progress)
     return progress
 
 
-def measure(model: Llama, weights: dict[str, Tensor], data: Data, progress: Progress) -> dict[str, float | None]:
+def measure(model: Model, weights: dict[str, Tensor], data: Data, progress: Progress) -> dict[str, float | None]:
     """Figures of the exported weights, computed in float32 over the whole held-out part."""
     model.load_state_dict({name: w.float() for name, w in weights.items()})
     nats, num_tokens = evaluate(model, data.windows)
@@ -188,6 +205,17 @@ def measure(model: Llama, weights: dict[str, Tensor], data: Data, progress: Prog
         "held_out_bits_per_byte": round(nats * num_tokens / math.log(2) / data.held_out_bytes, 4),
         "held_out_perplexity": round(math.exp(nats), 3),
     }
+
+
+def condition_numbers(model: Skipless) -> list[dict[str, float]]:
+    """Of the query and output projection of each layer: what a merge multiplies rounding by, that of q inverted."""
+    return [
+        {
+            name: round(float(torch.linalg.cond(getattr(layer.attention, name).weight.detach().double())), 2)
+            for name in ("q", "o")
+        }
+        for layer in model.layers
+    ]
 
 
 def parse_arguments() -> tuple[Path, Path, bool, Config]:
@@ -216,12 +244,15 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     export_tokenizer(tokenizer, out, cfg)
     torch.manual_seed(cfg.seed)
-    model = Llama(cfg).train()
+    model: Model = (Skipless(cfg) if cfg.skipless else Llama(cfg)).train()
     num_parameters = sum(w.numel() for w in model.parameters())
     print(f"{num_parameters} parameters, {len(data.stream)} training tokens, {data.held_out_tokens} held-out tokens")
     progress = train(model, data, out / "state", resume)
     figures = measure(model, export_model(model, out), data, progress)
-    write_json(out / "training_log.json", {"config": asdict(cfg), "figures": figures, "curve": progress.curve})
+    log: dict[str, Any] = {"config": asdict(cfg), "figures": figures, "curve": progress.curve}
+    if isinstance(model, Skipless):
+        log["condition_numbers"] = condition_numbers(model)
+    write_json(out / "training_log.json", log)
     shutil.rmtree(out / "state")
     print(json.dumps(figures, indent=2))
 

@@ -27,8 +27,12 @@ class Config:
     ffn: int = 512
     vocab: int = 2048
     context: int = 512
+    skipless: bool = False
+    norm: str = "rms"
     batch: int = 8
     minutes: float = 72.0
+    steps: int = 0
+    optimizer: str = "adamw"
     lr: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
@@ -49,8 +53,12 @@ class Config:
                 f"hidden {self.hidden}, heads {self.heads}, kv_heads {self.kv_heads}: hidden must be a multiple of "
                 "2 * heads and heads a multiple of kv_heads"
             )
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision {self.precision!r}: use float32 or bfloat16")
+        choices = {"precision": ("float32", "bfloat16"), "norm": ("rms", "none"), "optimizer": ("adamw", "muon")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r}: use {' or '.join(allowed)}")
+        if self.norm == "none" and not self.skipless:
+            raise ValueError("norm 'none' needs --skipless: with residual connections the stream grows without norms")
 
     @property
     def head_dim(self) -> int:

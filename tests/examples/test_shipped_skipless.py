@@ -17,7 +17,6 @@ from tests.examples.training import EXAMPLES
 from tests.helpers import all_logits, relative_error
 
 HELD_OUT = EXAMPLES / "held_out.txt"
-NUM_BYTES = 6_000
 FOLDERS = ["skipless-gqa", "skipless-mha", "skipless-rms"]
 
 
@@ -53,13 +52,13 @@ def test_its_square_maps_can_be_inverted_in_float32(name: str) -> None:
 def test_it_reads_what_it_was_not_trained_on(name: str) -> None:
     loaded = load(EXAMPLES / name, dtype="float32")
     assert loaded.tokenizer is not None
-    text = HELD_OUT.read_text(encoding="utf-8")[:NUM_BYTES]
+    text = HELD_OUT.read_text(encoding="utf-8")
     ids = loaded.tokenizer.encode(text)
     pieces = windows(ids[1:], loaded.model.spec.max_position, bos=ids[0])
     log = json.loads((EXAMPLES / name / "training_log.json").read_text(encoding="utf-8"))
     bits = perplexity(loaded.plan, pieces).bits_per_byte(len(text.encode()))
-    # an excerpt is harder or easier than the whole
-    assert bits == pytest.approx(log["figures"]["held_out_bits_per_byte"], rel=0.1)
+    # passages of all ten novels; the log is of eight times as much text
+    assert bits == pytest.approx(log["figures"]["held_out_bits_per_byte"], rel=0.03)
     expected = naive.logits(loaded.model.spec, weights_of(loaded.model), ids[:40])
     (found,) = all_logits(loaded.plan, [ids[:40]], 16)
     assert relative_error(found, torch.from_numpy(expected)) < 1e-4
