@@ -7,10 +7,12 @@ PYTHON = python3
 PIP_ARGS =
 # which tests run: all of them, or a part: make test MARKS="not slow"
 MARKS =
+# how many processes share them
+JOBS = 2
 # what `make sanitize` runs under the sanitizers
 SANITIZED = tests/ops/test_program.py tests/ops/test_program_memory.py tests/ops/test_program_refusals.py \
 	tests/ops/test_sample_native.py tests/ops/test_sample_native_refusals.py tests/test_parity.py tests/test_expressible.py
-SANITIZED_CASES = "refusals or regions or behind or (own_sequence and window) or (several_blocks_depend and long and not generic) or many_python or forked or strange or (every_cpu_path and random) or (test_expressible and cpu and (merged or widths or head_sizes)) or (test_sample_native and not 32000 and (equals or order or ends or overflow or token_logprobs))"
+SANITIZED_CASES = "refusals or regions or behind or (own_sequence and window) or (several_blocks_depend and long and not generic) or many_python or forked or strange or (every_cpu_path and random) or (test_expressible and cpu and (merged or widths or head_sizes or pivoted or triangular or shaped or alibi or learned)) or (test_sample_native and not 32000 and (equals or order or ends or overflow or token_logprobs))"
 # where `make build` leaves the archives
 DIST = dist
 
@@ -31,7 +33,7 @@ demo: $(STAMP)
 	@$(PY) examples/demo.py
 
 test: $(STAMP)
-	@$(PY) -m pytest tests -q -ra -m "$(MARKS)"
+	@$(PY) -m pytest tests -q -ra -n $(JOBS) -m "$(MARKS)"
 
 lint: $(STAMP)
 	@echo "ruff check" && $(PY) -m ruff check .

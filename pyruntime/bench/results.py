@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pyruntime.bench.machine import commit, machine
-from pyruntime.checkpoint.atomic import write_text
+from pyruntime.checkpoint.atomic import make_folder, write_text
 
 
 def save_results(rows: Sequence[Mapping[str, Any]], folder: Path, name: str) -> Path:
     """Write `rows` as DATE-COMMIT-NAME.json in `folder`, beside what is there, never over it; the path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     now = datetime.datetime.now(datetime.UTC)
     found = commit()
     # a folder outside the checkout is called by its last name: where it lies is nobody's business

@@ -11,7 +11,7 @@ from pyruntime.checkpoint import Model, PassReport
 from pyruntime.checkpoint.dialects.declared import in_words, layers_in_words, plan_of
 from pyruntime.graph import Cost, Graph, SequenceWork, build, cost_of, fuse
 from pyruntime.passes import kv_values_per_token
-from pyruntime.spec import MLP, Attention, DropPlan, ModelSpec, MoE, Replacement, weight_shapes
+from pyruntime.spec import MLP, Attention, Cached, DropPlan, ModelSpec, MoE, Replacement, linear_names, weight_shapes
 
 # what may differ from layer to layer: (name, sublayer, size); None where a sublayer has no such size
 _SIZES: Final[tuple[tuple[str, str, Callable[[Any], int | None]], ...]] = (
@@ -33,8 +33,7 @@ def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, 
     known = _is_even(dense)
     left = any(True for layer in spec.layers for _ in layer.sublayers())
     graph, dense_graph = fuse(build(spec)), fuse(build(dense))
-    decode = [SequenceWork(context, 1)] * batch
-    prefill = [SequenceWork(0, max(context, 1))]
+    decode, prefill = SequenceWork(context, 1), SequenceWork(0, max(context, 1))
 
     def against_dense(value: float) -> float | None:
         return value if known else None
@@ -51,6 +50,7 @@ def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, 
             f"{kind} {layer.index}" for layer in spec.layers for kind, each in layer.sublayers() if _linear(each)
         ],
         "sizes_by_layer": _sizes_by_layer(spec),
+        "forms": _forms(spec),
         "declared": [*model.declared, *(line for report in model.reports for line in _asked_for(report))],
         "unread_bytes": model.unread_bytes + sum(report.weight_bytes for report in model.reports),
         "plan_steps": len(graph.nodes),
@@ -65,10 +65,10 @@ def summary(model: Model, itemsize: int, batch: int, context: int) -> dict[str, 
         "batch_size": batch,
         "context": context,
         "predicted_decode_speedup": predicted(
-            _total(dense_graph, decode, itemsize).num_bytes / _total(graph, decode, itemsize).num_bytes
+            _total(dense_graph, decode, itemsize, batch).num_bytes / _total(graph, decode, itemsize, batch).num_bytes
         ),
         "predicted_prefill_speedup": predicted(
-            _total(dense_graph, prefill, itemsize).flops / _total(graph, prefill, itemsize).flops
+            _total(dense_graph, prefill, itemsize, 1).flops / _total(graph, prefill, itemsize, 1).flops
         ),
         "notes": list(model.notes),
         "reports": [_report(report, itemsize) for report in model.reports],
@@ -89,6 +89,7 @@ def describe(model: Model, facts: dict[str, Any]) -> list[str]:
         f"gone                {layers_in_words(DropPlan(spec.dropped('attention'), spec.dropped('mlp')))}",
         *(f"said by             {line}" for line in facts["declared"]),
         *(f"differ by layer     {name}: {_counted(sizes)}" for name, sizes in facts["sizes_by_layer"].items()),
+        *(f"{name:<20}{text}" for name, text in facts["forms"].items()),
         _saved("weights", facts["weight_bytes"], facts["dense_weight_bytes"]),
         _saved("KV cache per token", facts["kv_bytes_per_token"], facts["dense_kv_bytes_per_token"]),
         *_predicted(facts),
@@ -116,6 +117,28 @@ def _sizes_by_layer(spec: ModelSpec) -> dict[str, list[tuple[int, int]]]:
         if len(counted) > 1:
             found[name] = counted.most_common()
     return found
+
+
+def _forms(spec: ModelSpec) -> dict[str, str]:
+    """By name, what rewrites left that an ordinary model does not have; in words."""
+    attentions = [attention for _, attention in spec.attentions()]
+    plain = [each for each in attentions if each.columns is None and not each.table]
+    gone = Counter(name for each in plain for name in "qkvo" if getattr(each, name) is None)
+    slim = Counter(each.cached for each in attentions if each.cached is not Cached.KEYS_VALUES)
+    columns = sum(each.columns is not None for each in attentions)
+    tables = [index for index, each in spec.attentions() if each.table]
+    maps = [
+        getattr(each, name) for layer in spec.layers for _, each in layer.sublayers() for name in linear_names(each)
+    ]
+    triangular = sum(linear is not None and linear.triangular for linear in maps)
+    found = {
+        "merged away": ", ".join(f"{name} of {_count(gone[name], 'attention')}" for name in "qkvo" if gone[name]),
+        "column map": f"{_count(columns, 'attention')} with columns of the input as q, k, v" if columns else "",
+        "triangular": _count(triangular, "map") if triangular else "",
+        "table": ", ".join(f"attention {index}: a row of q, k, v for each token" for index in tables),
+        "slim cache": ", ".join(f"{cached} only, {_count(count, 'attention')}" for cached, count in slim.items()),
+    }
+    return {name: text for name, text in found.items() if text}
 
 
 def _counted(sizes: Iterable[tuple[int, int]]) -> str:
@@ -222,5 +245,5 @@ def num_weights(spec: ModelSpec) -> int:
     return sum(math.prod(shape) for shape in weight_shapes(spec).values())
 
 
-def _total(graph: Graph, work: list[SequenceWork], itemsize: int) -> Cost:
-    return sum(cost_of(graph.nodes, work, itemsize).values(), Cost())
+def _total(graph: Graph, work: SequenceWork, itemsize: int, batch: int) -> Cost:
+    return sum(cost_of(graph.nodes, [work], itemsize, copies=batch).values(), Cost())

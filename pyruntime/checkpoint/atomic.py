@@ -7,12 +7,14 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from pyruntime.errors import RunError
+from pyruntime.checkpoint.files import io_error
+from pyruntime.errors import RunError, UsageError
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -87,32 +89,55 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` as the file `path`, whole or not at all. Raises RunError IO."""
     # a rename would put a file in the place of a link, a device or a pipe
     target = _resolved(path)
-    temporary = _beside(target)
+    _check_regular(target, path)
     try:
-        _check_regular(target)
-        with new_file(temporary) as file:
-            file.write(data)
-        DISK.rename(temporary, target)
-        sync_folder(target.parent)
+        with _temporary(target) as temporary:
+            with new_file(temporary) as file:
+                file.write(data)
+            DISK.rename(temporary, target)
+            sync_folder(target.parent)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            DISK.unlink(temporary)
-        raise RunError("IO", f"cannot write {path}: {error.strerror}") from None
+        raise io_error(f"cannot write {path}", error) from None
 
 
 def check_writable(path: Path) -> None:
     """Raise RunError IO unless `write_text` could begin: for work whose result must not be lost at its end."""
     target = _resolved(path)
-    temporary = _beside(target)
+    _check_regular(target, path)
     try:
-        _check_regular(target)
-        with new_file(temporary):
-            pass
-        DISK.unlink(temporary)
+        _try(target)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            DISK.unlink(temporary)
-        raise RunError("IO", f"cannot write {path}: {error.strerror}") from None
+        raise io_error(f"cannot write {path}", error) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError unless files can be made in `folder`."""
+    _try(_resolved(folder) / "pyruntime")
+
+
+def check_output(path: Path, inputs: Sequence[Path]) -> None:
+    """Raise UsageError OUTPUT where the file `path`, by whatever way, is one of the `inputs` or lies in one."""
+    target = _resolved(path)
+    for each in inputs:
+        there = _resolved(each)
+        # a hard link is the same file under another name
+        same = target == there or (target.is_file() and there.is_file() and target.samefile(there))
+        if same or target.is_relative_to(there):
+            what = "is" if same else "lies in"
+            raise UsageError("OUTPUT", f"{path} {what} {each}, which is read and never changed; write to another file")
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder `path`, and those that it lies in, unless they are there. Raises RunError IO."""
+    try:
+        for folder in (*reversed(path.parents), path):
+            if not folder.is_dir():
+                with contextlib.suppress(FileExistsError):
+                    DISK.mkdir(folder)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except OSError as error:
+        raise io_error(f"cannot make the folder {path}", error) from None
 
 
 class NewFile:
@@ -170,11 +195,49 @@ def _resolved(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _beside(target: Path) -> Path:
-    # a rename does not cross file systems
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+def _try(target: Path) -> None:
+    with _temporary(target) as temporary:
+        with new_file(temporary):
+            pass
+        DISK.unlink(temporary)
 
 
-def _check_regular(target: Path) -> None:
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A hidden name beside `target`, since a rename does not cross file systems; whatever fails, nothing is left there.
+
+    What killed processes left there is removed too.
+    """
+    _sweep(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except BaseException:
+        with contextlib.suppress(OSError):
+            DISK.unlink(temporary)
+        raise
+
+
+def _sweep(target: Path) -> None:
+    form = re.compile(rf"\.{re.escape(target.name)}\.([1-9][0-9]{{0,8}})\.tmp")
+    # a folder that lets nobody list it may still be written to
+    with contextlib.suppress(OSError):
+        for name in os.listdir(target.parent):
+            if (found := form.fullmatch(name)) and not _is_alive(int(found[1])):
+                DISK.unlink(target.parent / name)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # somebody else's
+        return True
+    return True
+
+
+def _check_regular(target: Path, path: Path) -> None:
     if target.exists() and not target.is_file():
-        raise OSError(None, "it exists and is no regular file")
+        raise RunError("IO", f"cannot write {path}: it exists and is no regular file; write to another file")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 
 from pyruntime.checkpoint.model import Model
 from pyruntime.checkpoint.weight import TORCH_DTYPES, InMemory, TensorRef, Weight
+
+_FLOAT64: Final = 8
 
 Formula = Callable[..., torch.Tensor]
 
@@ -49,6 +52,17 @@ def exact(weight: Weight) -> torch.Tensor:
     return weight.exact() if isinstance(weight, Computed) else weight.read().double()
 
 
+def working_bytes(weight: Weight) -> int:
+    """Bytes that reading `weight` takes at once: what is computed stands beside its sources, all in float64."""
+    if isinstance(weight, Computed):
+        return weight.num_bytes + _FLOAT64 * math.prod(weight.shape) + sum(map(_exact_bytes, weight.sources))
+    return weight.num_bytes
+
+
+def _exact_bytes(weight: Weight) -> int:
+    return working_bytes(weight) + (0 if isinstance(weight, Computed) else _FLOAT64 * math.prod(weight.shape))
+
+
 def stored_dtype(model: Model, weight: Weight) -> torch.dtype:
     """What `weight` is stored in, without reading it; that of `model` where a weight does not say."""
     if isinstance(weight, Computed):
@@ -66,10 +80,11 @@ def stored_dtype(model: Model, weight: Weight) -> torch.dtype:
 def stored_as(model: Model, dtype: str) -> Model:
     """`model` with all weights in `dtype`, so that what passes compute is rounded to this and to nothing narrower."""
     wanted = getattr(torch, dtype)
-    weights: dict[str, Weight] = {
-        name: weight
+    # by weight, so that shared ones stay shared
+    found: dict[Weight, Weight] = {
+        weight: weight
         if stored_dtype(model, weight) is wanted
         else Computed(tuple(weight.shape), wanted, lambda values: values, (weight,))
-        for name, weight in model.weights.items()
+        for weight in set(model.weights.values())
     }
-    return replace(model, weights=weights, dtype=dtype)
+    return replace(model, weights={name: found[each] for name, each in model.weights.items()}, dtype=dtype)

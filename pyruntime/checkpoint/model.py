@@ -52,12 +52,13 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all kept weights as stored; shared ones count once."""
-        return sum(ref.num_bytes for ref in self._refs())
+        # what is computed has a size of its own, whatever it is made of
+        return sum(weight.num_bytes for weight in set(self.weights.values()))
 
     @property
     def num_values(self) -> int:
         """Values of all kept weights; shared ones count once."""
-        return sum(math.prod(ref.shape) for ref in self._refs())
+        return sum(math.prod(weight.shape) for weight in set(self.weights.values()))
 
     @property
     def dtype_conflict(self) -> str | None:

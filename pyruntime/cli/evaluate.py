@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
 from pyruntime.bench import machine
-from pyruntime.checkpoint.atomic import check_writable, write_text
+from pyruntime.checkpoint.atomic import check_output, check_writable, write_text
 from pyruntime.cli import options as o
-from pyruntime.cli.evaluate_options import LmEval, TextOptions, bars, command_line, split_tasks
+from pyruntime.cli.evaluate_options import (
+    LmEval,
+    TextOptions,
+    bars,
+    byte_bar,
+    command_line,
+    reading_facts,
+    refuse_unused,
+    split_tasks,
+)
 from pyruntime.cli.evaluate_table import print_report
-from pyruntime.engine.load import Loaded, load, read_pruned
+from pyruntime.engine.load import DropOptions, Loaded, load, read_pruned
 from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.errors import UsageError
 from pyruntime.evaluate import (
@@ -76,15 +85,21 @@ def evaluate(
     output: Output = None,
 ) -> None:
     """Perplexity, divergence from the dense model, multiple choice, long contexts: what dropping costs."""
-    if output is not None:
-        check_writable(output)
+    files, names = split_tasks(tasks)
+    refuse_unused("--dense", dense is not None, cache=cache)
+    refuse_unused("--text", text is not None, cache=cache, stride=stride, max_chars=max_chars)
+    refuse_unused("--text or --long-context", text is not None or long_context, window=window, bos=bos)
+    refuse_unused("--tasks", tasks is not None, limit=limit)
+    refuse_unused("a task of lm-eval in --tasks", bool(names), num_fewshot=num_fewshot, include_path=include_path)
     drops = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
     how: dict[str, Any] = {"dtype": dtype, "target": target, "device": device}
     how |= o.reading(revision, prefer, ignore_config_keys, check_weights)
     # reads headers only: what is wrong with the model is said before anything runs
     pruned = read_pruned(model, drops, revision, how["options"], warn=False)
+    _check_outputs(output, cache, (pruned.path, dense, text, drop_plan, *files.values()))
+    lm_eval = LmEval(names, limit, num_fewshot, include_path)
+    lm_eval.check()
     cut = TextOptions(window=window, stride=stride, bos=bos, max_chars=max_chars)
-    files, names = split_tasks(tasks)
     tokenizer = Tokenizer(pruned.path or model)
     measures = Measures(
         text=None if text is None else cut.read(text, tokenizer, pruned.spec.max_position),
@@ -93,28 +108,46 @@ def evaluate(
     )
     if measures == Measures() and not names:
         raise UsageError("EVAL", "nothing is to be measured; give --text, --tasks or --long-context")
-    runner = _Runner(measures, LmEval(names, limit, num_fewshot, include_path), as_json)
+    runner = _Runner(measures, lm_eval, as_json)
     report: dict[str, Any] = {"command": command_line(), "machine": machine(), **_about(measures)}
-    if dense is None:
-        _, report["model"] = runner.run(load(model, drops=drops, **how), "model")
-    else:
-        reference = _Reference(dense, how | ({} if dense == model else {"revision": None}), measures.text, cache)
-        base, report["dense"] = runner.run(load(dense, **reference.how), "dense", reference)
-        found, report["model"] = runner.run(load(model, drops=drops, **how), "model", reference)
-        report["change"] = compared(base, found)
+    own = how if dense == model else how | {"revision": None}
+    reference = None if dense is None else _Reference(dense, own, measures.text, cache, as_json)
+    report |= _measured(runner, model, how | {"drops": drops}, reference)
     print(json.dumps(report)) if as_json else print_report(report)
     if output is not None:
         write_text(output, json.dumps(report, indent=1) + "\n")
 
 
+def _measured(runner: _Runner, model: str, how: dict[str, Any], reference: _Reference | None) -> dict[str, Any]:
+    """The figures of the model, alone or behind those of the dense one."""
+    if reference is None:
+        return {"model": runner.run(load(model, **how), "model")[1]}
+    base, dense = runner.run(load(reference.name, **reference.how), "dense", reference)
+    found, own = runner.run(load(model, **how), "model", reference)
+    return {"dense": dense, "model": own, "change": compared(base, found)}
+
+
+def _check_outputs(report: Path | None, cache: Path | None, inputs: Sequence[Path | str | None]) -> None:
+    """Say now what would be lost, or fail, at the end."""
+    read = [Path(each).expanduser() for each in inputs if each is not None]
+    for each in (report, cache):
+        if each is not None:
+            check_output(each, read)
+    if report is not None:
+        check_writable(report)
+
+
 class _Reference:
     """The dense model's logits in float32 by PyTorch, from the cache where they are there."""
 
-    def __init__(self, name: str, how: dict[str, Any], text: TokenizedText | None, cache: Path | None) -> None:
+    def __init__(
+        self, name: str, how: dict[str, Any], text: TokenizedText | None, cache: Path | None, quiet: bool
+    ) -> None:
         self.how = how
-        self._name = name
+        self.name = name
         self._text = text
         self._folder = cache
+        self._quiet = quiet
         self._plan: Plan | None = None
         self._cache: LogitsCache | None = None
 
@@ -125,14 +158,17 @@ class _Reference:
         if self._folder is None:
             return logit_rows(self._loaded_plan(), self._text.windows)
         if self._cache is None:
-            dense = read_pruned(self._name, o.drop_options(None, None, None, None), self.how["revision"], warn=False)
-            key = {"model_sha256": model_sha256(dense), "text_sha256": self._text.corpus.sha256, **_REFERENCE}
+            read = self.how["options"]
+            dense = read_pruned(self.name, DropOptions(), self.how["revision"], read, warn=False)
+            with byte_bar("Hashing", self._quiet) as advance:
+                sha256 = model_sha256(dense, advance)
+            key = {"model_sha256": sha256, "text_sha256": self._text.corpus.sha256, **_REFERENCE, **reading_facts(read)}
             self._cache = LogitsCache(self._folder, key, self._text.windows)
         return self._cache.rows(None if self._cache.is_complete else self._loaded_plan())
 
     def _loaded_plan(self) -> Plan:
         if self._plan is None:
-            self._plan = load(self._name, **(self.how | _REFERENCE), skip_tokenizer_init=True).plan
+            self._plan = load(self.name, **(self.how | _REFERENCE), skip_tokenizer_init=True).plan
         return self._plan
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pyruntime.checkpoint.folder import ReadOptions
 from pyruntime.engine.load import Loaded
 from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.errors import UsageError
@@ -60,17 +62,26 @@ class LmEval:
     num_fewshot: int | None
     include_path: Path | None
 
-    def run(self, loaded: Loaded) -> dict[str, Any]:
-        """The results, task by task. Raises UsageError LM_EVAL where lm-eval is not installed."""
+    def check(self) -> None:
+        """Raise UsageError LM_EVAL where lm-eval is not installed, or has no such task."""
+        if not self.names:
+            return
         try:
             # an optional extra, and many seconds to import
-            from pyruntime.integrations.lm_eval import run_tasks
+            from pyruntime.integrations.lm_eval import check_tasks
         except ModuleNotFoundError as error:
             raise UsageError(
                 "LM_EVAL",
                 f"tasks {', '.join(self.names)} need lm-eval, and {error.name} is not installed: pip install "
                 "'pyruntime-llm[lm-eval]'; or name a .jsonl file",
             ) from None
+        check_tasks(self.names, self.include_path)
+
+    def run(self, loaded: Loaded) -> dict[str, Any]:
+        """The results, task by task, behind `check`. Raises RunError IO for data that cannot be had."""
+        # an optional extra, and many seconds to import
+        from pyruntime.integrations.lm_eval import run_tasks
+
         return run_tasks(
             loaded, self.names, limit=self.limit, num_fewshot=self.num_fewshot, include_path=self.include_path
         )
@@ -78,7 +89,41 @@ class LmEval:
 
 def command_line() -> list[str]:
     """The command for a report; a path from the root is called by its last name: where it lies is nobody's business."""
-    return ["pyruntime", *(Path(each).name if each.startswith("/") else each for each in sys.argv[1:])]
+    return ["pyruntime", *map(_nameless, sys.argv[1:])]
+
+
+def _nameless(word: str) -> str:
+    # --option=a,b or -oa, else the value alone
+    found = re.fullmatch(r"(--[^=/]*=|-\w(?=/)|)(.*)", word, re.DOTALL)
+    assert found is not None
+    return found[1] + ",".join(Path(each).name if each.startswith("/") else each for each in found[2].split(","))
+
+
+def refuse_unused(needs: str, there: bool, **options: object) -> None:
+    """Raise UsageError EVAL for one of `options` that was given where what it `needs` is not `there`."""
+    for name, value in options.items():
+        if value is not None and not there:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError("EVAL", f"{option} was given without {needs}, and would change nothing; leave it out")
+
+
+@contextmanager
+def byte_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (bytes done, bytes in all), which moves a bar on a terminal."""
+    # None: shown on a terminal only
+    off = True if quiet else None
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=off, delay=1.0, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def reading_facts(options: ReadOptions) -> dict[str, Any]:
+    """What was said about how to read a model's folder: figures belong to it as to the files."""
+    return {"prefer": options.prefer, "ignore_config_keys": sorted(options.ignore_config_keys)}
 
 
 def split_tasks(tasks: str | None) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -103,9 +103,12 @@ def _task_rows(report: Mapping[str, Any]) -> list[Row]:
 def _copy_rows(report: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     dense = report.get("dense", {}).get("copying")
+    kept = {each["distance"]: each["gain_kept"] for each in report.get("change", {}).get("copying", [])}
     for before, after in _zipped(dense, report["model"].get("copying", [])):
         name = f"copy gain (nats), {after['distance']} back"
-        rows.append((name, _with_error(after, "gain_nats"), _with_error(before, "gain_nats"), ""))
+        share = kept.get(after["distance"])
+        left = "" if share is None else f"{share:.1%} kept"
+        rows.append((name, _with_error(after, "gain_nats"), _with_error(before, "gain_nats"), left))
     return rows
 
 

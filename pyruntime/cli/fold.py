@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pyruntime.bench.summary import num_weights
 from pyruntime.checkpoint import Model, read_model, resolve_model
-from pyruntime.checkpoint.writer import Written, write_native
+from pyruntime.checkpoint.writer import Written, check_target, write_native
 from pyruntime.cli import folding as f
 from pyruntime.cli import options as o
 from pyruntime.errors import UsageError
@@ -56,13 +56,17 @@ def fold(
     force: Force = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    wait: o.Wait = False,
     revision: o.Revision = None,
     prefer: o.Prefer = None,
     ignore_config_keys: o.IgnoreConfigKeys = None,
     as_json: o.Json = False,
 ) -> None:
     """Rewrite a model without changing its logits, and write it in pyruntime's own format."""
-    read = read_model(resolve_model(model, revision), o.read_options(prefer, ignore_config_keys))
+    folder = resolve_model(model, revision)
+    if not dry_run:
+        check_target(out, [folder], overwrite)
+    read = read_model(folder, o.read_options(prefer, ignore_config_keys))
     options = f.FoldOptions(
         zero=zero or all_exact,
         mlp_prefix=mlp_prefix or all_exact,
@@ -77,11 +81,15 @@ def fold(
     )
     if options == f.FoldOptions(dtype=options.dtype, force=force):
         raise UsageError("FOLD", "no rewrite is named; expected --all-exact, --norms or others (see --help)")
-    streams = f.attention_streams(read, f.arithmetic(read, options.dtype)) if cancel_norms else {}
+    arithmetic = f.arithmetic(read, options.dtype)
+    f.check_room(read, arithmetic)
+    streams = f.attention_streams(read, arithmetic) if cancel_norms else {}
     rewritten = f.rewrite(stored_as(read, options.dtype), options, streams)
-    facts = _facts(read, rewritten, options, f.check(read, options, streams, gate))
+    _check_changed(read, rewritten)
+    f.check_room(rewritten, arithmetic)
+    facts = _facts(read, rewritten, options, f.check(read, rewritten, options, gate), gate)
     if not dry_run:
-        written = _write(rewritten, read, options, out, overwrite, facts)
+        written = _write(rewritten, read, options, out, facts, overwrite=overwrite, wait=wait)
         facts |= {"path": str(written.path), "num_tensors": written.num_tensors, "written_bytes": written.weight_bytes}
     print(json.dumps(facts)) if as_json else _show(facts, out)
 
@@ -92,18 +100,30 @@ def _dtype(model: Model, asked: str) -> str:
     return model.dtype if asked == "auto" else asked
 
 
-def _facts(before: Model, after: Model, options: f.FoldOptions, check: f.Check) -> dict[str, Any]:
+def _check_changed(before: Model, after: Model) -> None:
+    """Raise UsageError FOLD where what would be written is a copy."""
+    if (after.spec, after.dtype, dict(after.weights)) != (before.spec, before.dtype, dict(before.weights)):
+        return
+    found = [f"{report.name}: {', '.join(report.notes) or 'nothing found'}" for report in fold_reports(after)]
+    raise UsageError("FOLD", f"nothing is rewritten ({'; '.join(found)}); name other rewrites, or use the model as is")
+
+
+def _facts(before: Model, after: Model, options: f.FoldOptions, check: f.Check, gate: float) -> dict[str, Any]:
     """What was rewritten and what came of it, JSON-ready; bytes as stored."""
     itemsize = DTYPES[options.dtype].itemsize
+    forced = [f"{report.name}: {place}" for report in fold_reports(after) for place in report.forced]
+    if not check.stored <= gate:
+        forced.append(f"logits: NMSE {check.stored:.1e}, at most {gate:.0e}")
     return {
         "dtype": options.dtype,
-        "forced": options.force,
+        "forced": forced,
         "passes": [_report(report, itemsize) for report in fold_reports(after)],
         "num_weights_before": num_weights(before.spec),
         "num_weights": num_weights(after.spec),
         "identity_blocks_before": identity_blocks(before) if options.matshrink else {},
         "nmse_float64": check.exact,
         "nmse_stored": check.stored,
+        "nmse_dtype": check.narrowed,
         "checked_in": check.dtype,
     }
 
@@ -113,6 +133,7 @@ def _report(report: FoldReport, itemsize: int) -> dict[str, Any]:
         "name": report.name,
         "rewritten": list(report.rewritten),
         "removed": list(report.removed),
+        "forced": list(report.forced),
         "num_weights": report.num_weights,
         "weight_bytes": report.weight_bytes,
         "flops_per_token": report.flops_per_token,
@@ -122,9 +143,10 @@ def _report(report: FoldReport, itemsize: int) -> dict[str, Any]:
 
 
 def _write(
-    rewritten: Model, read: Model, options: f.FoldOptions, out: Path, overwrite: bool, facts: dict[str, Any]
+    rewritten: Model, read: Model, options: f.FoldOptions, out: Path, facts: dict[str, Any], **place: bool
 ) -> Written:
-    made = {"fold": {name: facts[name] for name in ("dtype", "forced", "passes", "nmse_float64", "nmse_stored")}}
+    names = ("dtype", "forced", "passes", "nmse_float64", "nmse_stored", "nmse_dtype")
+    made = {"fold": {name: facts[name] for name in names}}
     # shown only on a terminal, and only when it takes longer than a moment
     with tqdm(desc="Writing", unit="B", unit_scale=True, disable=None, delay=1.0, leave=False) as bar:
 
@@ -136,7 +158,7 @@ def _write(
             rewritten,
             out,
             dtype=options.dtype,
-            overwrite=overwrite,
+            **place,
             made=made,
             progress=advance,
             files_from=read.path,
@@ -151,15 +173,17 @@ def _show(facts: dict[str, Any], out: Path) -> None:
         changed = len(each["rewritten"]) + len(each["removed"])
         saved = (each[name] for name in ("num_weights", "weight_bytes", "flops_per_token", "kv_bytes_per_token"))
         table.add_row(each["name"], str(changed), *(f"{count:,}" for count in saved))
-    exact = facts["nmse_float64"]
+    exact, narrowed = facts["nmse_float64"], facts["nmse_dtype"]
     console = Console(highlight=False)
     console.print(table)
     lines = [
         *(f"{each['name']}: {note}" for each in facts["passes"] for note in each["notes"]),
         *(f"identity blocks found in {name}: {count}" for name, count in facts["identity_blocks_before"].items()),
         f"weights             {facts['num_weights']:,} of {facts['num_weights_before']:,}",
+        *(f"forced              {what}" for what in facts["forced"]),
         f"logits              NMSE {facts['nmse_stored']:.1e} with weights in {facts['dtype']}"
         + (f", computed in {facts['checked_in']}" if exact is None else f"; {exact:.1e} unrounded in float64"),
+        *([f"{'':<20}NMSE {narrowed:.1e} by {facts['dtype']} alone, without any rewrite"] if narrowed else []),
         f"wrote {facts['path']}: {facts['num_tensors']} tensors" if "path" in facts else f"nothing written to {out}",
     ]
     console.print("\n".join(lines), markup=False, soft_wrap=True)

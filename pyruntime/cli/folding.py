@@ -9,7 +9,8 @@ from typing import Final
 import torch
 
 from pyruntime.checkpoint import Model
-from pyruntime.engine.memory import available_memory
+from pyruntime.checkpoint.computed import working_bytes
+from pyruntime.engine.memory import available_memory, check_memory
 from pyruntime.errors import RunError, UsageError
 from pyruntime.graph import build
 from pyruntime.ops.step import SequenceSlice, make_step
@@ -20,12 +21,13 @@ from pyruntime.passes.fold import (
     fold_biases,
     fold_mlp_prefix,
     fold_norms,
+    fold_reports,
     shrink_values,
     slim,
     stored_as,
     tabulate_first_layer,
 )
-from pyruntime.plan import Plan, PlanStep, lower
+from pyruntime.plan import DTYPES, Plan, PlanStep, lower
 from pyruntime.spec import Cached, ModelSpec
 
 # NMSE of logits: of exact rewrites in float64, where only the order of sums differs
@@ -61,13 +63,16 @@ class FoldOptions:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """NMSE of the rewritten model's logits: computed unrounded in float64 where that fits, and with weights as stored.
+    """NMSE of logits, computed in `dtype`.
 
-    `dtype` is what the second one was computed in.
+    `exact` is what the rewrites alone change, unrounded in float64, where that fits. `stored` is the rewritten model
+    against one that is merely stored, both with weights in the wanted dtype. `narrowed` is the latter against the model
+    as it was; None where the arithmetic is no wider than what is stored, so that it would not show.
     """
 
     exact: float | None
     stored: float
+    narrowed: float | None
     dtype: str
 
 
@@ -119,35 +124,67 @@ def attention_streams(model: Model, dtype: str) -> dict[int, torch.Tensor]:
 
 
 def arithmetic(model: Model, dtype: str) -> str:
-    """The dtype to check in: float64 for small models, else that of the weights."""
+    """The dtype to check in: float64 for small models, else float32, or that of the weights where that has no room.
+
+    The wider it is, the less the roundings of the two runs hide what the rewrites change.
+    """
     available = available_memory()
-    fits = available is None or 3 * 8 * model.num_values <= available
-    return "float64" if model.num_values <= _SMALL and fits else dtype
+    for wider in ("float64", "float32"):
+        # the weights, and as much again for what computing them takes
+        fits = available is None or 2 * DTYPES[wider].itemsize * model.num_values <= available
+        if fits and (wider == "float32" or model.num_values <= _SMALL):
+            return wider
+    return dtype
 
 
-def check(model: Model, options: FoldOptions, streams: Mapping[int, torch.Tensor], limit: float) -> Check:
+def check_room(model: Model, dtype: str) -> None:
+    """Raise RunError MEMORY unless there is room for the weights of `model` in `dtype` while the largest is made."""
+    most = max(map(working_bytes, model.weights.values()), default=0)
+    check_memory(model.num_values * DTYPES[dtype].itemsize + most, f"the check of the rewrites in {dtype}")
+
+
+def check(model: Model, rewritten: Model, options: FoldOptions, limit: float) -> Check:
     """Compare logits of `model` before and after the rewrites, on random tokens, by the reference.
 
     Raises RunError NUMERICS where the unrounded error is above that of float64, which would be a defect; or where the
     rounded one is above `limit`, unless `options` force it.
     """
     dtype = arithmetic(model, options.dtype)
-    expected = _logits(model, dtype)
+    plain = stored_as(model, options.dtype)
+    merely = _logits(plain, dtype)
+    original, narrowed = merely, None
+    if dtype != options.dtype:
+        if dict(plain.weights) != dict(model.weights):
+            original = _logits(model, dtype)
+        narrowed = _nmse(merely, original)
     exact = None
     if dtype == "float64":
-        exact = _nmse(_logits(rewrite(stored_as(model, dtype), options, streams), dtype), expected)
-        # written so that a NaN fails
-        if not exact <= (EXACT_LIMIT if options.exact else limit):
-            raise RunError("NUMERICS", f"the rewritten model's logits have an NMSE of {exact:.1e} in float64")
-    stored = rewrite(stored_as(model, options.dtype), options, streams)
-    nmse = _nmse(_logits(stored, dtype), expected)
-    if not nmse <= limit and not options.force:
+        exact = _nmse(_logits(stored_as(rewritten, dtype), dtype), original)
+        _check_exact(exact, rewritten, options, limit)
+    stored = _nmse(_logits(rewritten, dtype), merely)
+    # written so that a NaN fails
+    if not stored <= limit and not options.force:
         raise RunError(
             "NUMERICS",
-            f"with weights in {options.dtype} the rewritten model's logits have an NMSE of {nmse:.1e}, at most "
+            f"with weights in {options.dtype} the rewritten model's logits have an NMSE of {stored:.1e}, at most "
             f"{limit:.0e}; store a wider dtype (--dtype), rewrite less, or pass --force",
         )
-    return Check(exact, nmse, dtype)
+    return Check(exact, stored, narrowed, dtype)
+
+
+def _check_exact(exact: float, rewritten: Model, options: FoldOptions, limit: float) -> None:
+    """Raise RunError NUMERICS where `exact` is more than float64 loses, or what was let through may."""
+    forced = any(report.forced for report in fold_reports(rewritten))
+    most = EXACT_LIMIT if options.exact and not forced else limit
+    # written so that a NaN fails
+    if not exact <= most:
+        way_out = (
+            "leave out --force" if forced else "leave out --cancel-norms" if options.cancel_norms else "rewrite less"
+        )
+        raise RunError(
+            "NUMERICS",
+            f"the rewritten model's logits have an NMSE of {exact:.1e} in float64, at most {most:.0e}; {way_out}",
+        )
 
 
 def cached_of(name: str | None) -> Cached | None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from pyruntime.bench import describe, summary
+from pyruntime.checkpoint.writer import about
 from pyruntime.cli import options as o
 from pyruntime.engine.load import read_pruned
 from pyruntime.errors import UsageError
@@ -48,10 +49,11 @@ def inspect(
     if context is not None and context > longest:
         raise UsageError("CONTEXT", f"context is {context}; before a new token the model holds at most {longest}")
     facts = summary(pruned, itemsize, batch_size, min(256, longest) if context is None else context)
+    written = [] if pruned.path is None else list(about(pruned.path))
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps(facts | {"written": written}))
         return
     console = Console(highlight=False)
-    console.print("\n".join(describe(pruned, facts)), markup=False, soft_wrap=True)
+    console.print("\n".join([*describe(pruned, facts), *written]), markup=False, soft_wrap=True)
     if graph:
         console.print(f"\n{fuse(build(pruned.spec))}", markup=False, soft_wrap=True)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from pyruntime.checkpoint import Model, read_model, resolve_model
-from pyruntime.checkpoint.writer import Written, write_native
+from pyruntime.checkpoint.writer import Written, check_target, write_native
+from pyruntime.cli import folding as f
 from pyruntime.cli import options as o
 from pyruntime.engine.memory import available_memory
 from pyruntime.errors import UsageError
@@ -60,13 +63,17 @@ def merge(
     max_memory: MaxMemory = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    wait: o.Wait = False,
     revision: o.Revision = None,
     prefer: o.Prefer = None,
     ignore_config_keys: o.IgnoreConfigKeys = None,
     as_json: o.Json = False,
 ) -> None:
     """Merge projections of a skipless model away: the same logits from fewer weights."""
-    read = read_model(resolve_model(model, revision), o.read_options(prefer, ignore_config_keys))
+    folder = resolve_model(model, revision)
+    if not dry_run:
+        check_target(out, [folder], overwrite)
+    read = read_model(folder, o.read_options(prefer, ignore_config_keys))
     stored = _known("--store-dtype", store_dtype, read.dtype, _STORED)
     options = MergeOptions(
         kind=kind,
@@ -74,6 +81,7 @@ def merge(
         dtype=_known("--dtype", dtype, stored, tuple(DTYPES)),
         store_dtype=stored,
         max_memory=available_memory() if max_memory is None else int(max_memory * _GIB),
+        streams=_streams(read, kind, stored),
     )
     console = Console(highlight=False)
     needed = budget_bytes(read.spec, DTYPES[stored])
@@ -85,12 +93,22 @@ def merge(
     assert isinstance(report, MergeReport)
     facts = _facts(report, options, needed)
     if not dry_run:
-        written = _write(merged, read, out, overwrite, facts)
+        written = _write(merged, read, out, facts, overwrite=overwrite, wait=wait)
         facts |= {"path": str(written.path), "num_tensors": written.num_tensors, "written_bytes": written.weight_bytes}
     if as_json:
         print(json.dumps(facts))
     else:
         _show(console, report, facts, out)
+
+
+def _streams(model: Model, kind: MergeKind, dtype: str) -> Mapping[int, torch.Tensor]:
+    """What attentions read whose norms of q, k and v may cancel the one before them."""
+    normed = [each for _, each in model.spec.attentions() if each.pre is not None and not each.residual]
+    if kind in (MergeKind.P, MergeKind.TRIANGULAR) or all(each.v_norm is None for each in normed):
+        return {}
+    arithmetic = f.arithmetic(model, dtype)
+    f.check_room(model, arithmetic)
+    return f.attention_streams(model, arithmetic)
 
 
 def _known(option: str, asked: str, default: str, known: tuple[str, ...]) -> str:
@@ -127,14 +145,14 @@ def _layer(row: LayerMerge) -> dict[str, Any]:
     return found | {"notes": list(row.notes)}
 
 
-def _write(merged: Model, read: Model, out: Path, overwrite: bool, facts: dict[str, Any]) -> Written:
+def _write(merged: Model, read: Model, out: Path, facts: dict[str, Any], **place: bool) -> Written:
     names = ("kind", "gate", "dtype", "store_dtype", "layers", "notes")
     with _bar("Writing", "B") as bar:
         return write_native(
             merged,
             out,
             dtype=facts["store_dtype"],
-            overwrite=overwrite,
+            **place,
             made={"merge": {name: facts[name] for name in names}},
             progress=partial(_advance, bar),
             files_from=read.path,

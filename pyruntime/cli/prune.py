@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from pyruntime.bench import describe, summary
 from pyruntime.checkpoint import Model, ReadOptions
 from pyruntime.checkpoint.dialects.declared import layers_in_words
-from pyruntime.checkpoint.writer import WRITE_DIALECTS, Written, write_pruned
+from pyruntime.checkpoint.writer import WRITE_DIALECTS, Written, check_target, write_pruned
 from pyruntime.cli import options as o
 from pyruntime.cli import pruning as p
 from pyruntime.engine.load import DropOptions, read_pruned
@@ -29,9 +30,11 @@ from pyruntime.prune import (
     RULES,
     TARGETS,
     CalibrationOptions,
+    Pick,
     ScoreOptions,
     Scores,
     Selection,
+    check_drops,
     choose,
     decode_context,
     decode_cost,
@@ -43,9 +46,15 @@ from pyruntime.spec import DropPlan
 
 _UNITS: Final = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE: Final = re.compile(r"(\d{1,15})(?:\.(\d{1,3}))? ?([KMG]i?B)?", re.ASCII)
+# what only matters where something is chosen, and where something is measured
+_CHOOSING: Final = ("target_layer", "metric", "method", "drop_n", "drop_ratio", "kv_bytes", "speedup", "scores")
+_MEASURING: Final = ("text", "num_seqs", "seq_len", "separate", "layer_by_layer", "target", "device")
 
 Out = Annotated[Path, typer.Argument(help="Folder for the smaller checkpoint.", show_default=False)]
-TargetLayer = Annotated[str, typer.Option("--target-layer", help=f"What to drop: {', '.join(TARGETS)}.")]
+TargetLayer = Annotated[
+    str | None,
+    typer.Option("--target-layer", help=f"What to drop: {', '.join(TARGETS)} (default: attn; joint with --speedup)."),
+]
 Metric = Annotated[str, typer.Option("--metric", help=f"{', '.join((*METRICS, *RULES))}.")]
 Method = Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")]
 DropN = Annotated[int | None, typer.Option("--drop-n", help="How many sublayers (or blocks) to drop.")]
@@ -56,12 +65,12 @@ KvBytes = Annotated[
 Speedup = Annotated[
     float | None, typer.Option("--speedup", help="Decode speed, as a multiple of now, at --batch and --context.")
 ]
-Batch = Annotated[int, typer.Option("--batch", help="Sequences that are decoded together.", min=1)]
+Batch = Annotated[int, typer.Option("--batch", help="Sequences that are decoded together.", min=1, max=1 << 20)]
 Context = Annotated[
     int | None, typer.Option("--context", help="Tokens in the cache of each (default: 256, or what fits).", min=0)
 ]
 ScoresFile = Annotated[Path | None, typer.Option("--scores", help="Scores that pyruntime score wrote.")]
-Text = Annotated[Path | None, typer.Option("--text", help="Text to score on where there are no scores.")]
+Text = Annotated[Path | None, typer.Option("--text", help="Text to score on (default: a built-in one).")]
 Dialect = Annotated[str, typer.Option("--dialect", help=f"How the drops are written: {', '.join(WRITE_DIALECTS)}.")]
 ConfigOnly = Annotated[bool, typer.Option("--config-only", help="Write no weights: a drop plan for MODEL.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of a folder that is there.")]
@@ -69,9 +78,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Choose and show, write 
 
 
 def prune(
+    ctx: typer.Context,
     model: o.Model,
     out: Out,
-    target_layer: TargetLayer = "attn",
+    target_layer: TargetLayer = None,
     drop_n: DropN = None,
     drop_ratio: DropRatio = None,
     kv_bytes: KvBytes = None,
@@ -94,6 +104,7 @@ def prune(
     dialect: Dialect = "hf",
     config_only: ConfigOnly = False,
     overwrite: Overwrite = False,
+    wait: o.Wait = False,
     dry_run: DryRun = False,
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
@@ -104,28 +115,27 @@ def prune(
     as_json: o.Json = False,
 ) -> None:
     """Drop what is needed least, or what is named, and write what is left as a checkpoint of its own."""
-    reading = o.read_options(prefer, ignore_config_keys)
-    read = read_pruned(model, DropOptions(), revision, reading)
-    named = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
-    budget: dict[str, Any] = {
-        "drop_n": drop_n,
-        "drop_ratio": drop_ratio,
-        "kv_bytes": _size(kv_bytes),
-        "speedup": speedup,
-    }
-    work = _Work(itemsize=_itemsize(read, dtype), batch=batch, context=context, seed=seed or 0)
-    if named == DropOptions():
-        selection = Selection(target=target_layer, metric=metric, method=method, **budget, **dataclasses.asdict(work))
-        cut = p.calibration_options(num_seqs, seq_len, separate, seed)
-        how = ScoreOptions(dtype=dtype, target=target, device=device, layer_by_layer=layer_by_layer)
-        plan, found = _chosen(read, selection, scores, text, cut, how)
-    else:
-        _refuse_budget(budget, scores, text)
-        plan, found = _named(read, named), None
-    facts = _facts(read, plan, found, work)
+    read = read_pruned(model, DropOptions(), revision, reading := o.read_options(prefer, ignore_config_keys))
     if not dry_run:
-        written = _write(read, plan, found, out, reading, dialect, config_only, overwrite)
-        facts |= {"path": str(written.path), "num_tensors": written.num_tensors, "notes": list(written.notes)}
+        _check_out(out, [read.path, scores, text], overwrite)
+    work = _Work(itemsize=_itemsize(read, dtype), batch=batch, context=context, seed=seed or 0)
+    named = o.drop_options(drop_attn, drop_mlp, drop_block, drop_plan)
+    if named == DropOptions():
+        kinds = target_layer or ("attn" if speedup is None else "joint")
+        size, sizes = _size(kv_bytes), dataclasses.asdict(work)
+        budget: dict[str, Any] = {"drop_n": drop_n, "drop_ratio": drop_ratio, "kv_bytes": size, "speedup": speedup}
+        selection = Selection(target=kinds, metric=metric, method=method, **budget, **sizes)
+        _refuse_unused(ctx, selection, scores)
+        how = ScoreOptions(dtype=dtype, target=target, device=device, layer_by_layer=layer_by_layer)
+        cut = p.calibration_options(num_seqs, seq_len, separate, seed)
+        plan, found = _chosen(read, selection, scores, text, cut, how, as_json)
+        made = made_of(plan, found, selection)
+    else:
+        _refuse_unused(ctx, None, scores)
+        made = made_of(plan := _named(read, named), None, None)
+    facts = _facts(read, plan, made, work)
+    if not dry_run:
+        facts |= _written(_write(read, plan, made, out, reading, dialect, config_only, overwrite, wait))
     print(json.dumps(facts)) if as_json else _show(drop(read, plan), facts, out)
 
 
@@ -137,6 +147,19 @@ class _Work:
     batch: int
     context: int | None
     seed: int
+
+
+def _check_out(out: Path, sources: Sequence[Path | None], overwrite: bool) -> None:
+    check_target(out, [each for each in sources if each is not None], overwrite)
+
+
+def _written(written: Written) -> dict[str, Any]:
+    return {
+        "path": str(written.path),
+        "num_tensors": written.num_tensors,
+        "written_bytes": written.weight_bytes,
+        "notes": list(written.notes),
+    }
 
 
 def _itemsize(model: Model, dtype: str) -> int:
@@ -153,17 +176,29 @@ def _chosen(
     text: Path | None,
     cut: CalibrationOptions,
     how: ScoreOptions,
+    quiet: bool,
 ) -> tuple[DropPlan, Scores | None]:
-    """The plan, and the scores behind it."""
+    """The plan, and the scores behind it; unless `quiet`, each choice of a search is shown when it is made."""
     found = None if scores is None else Scores.load(scores)
     calibration = None
-    if text is not None:
-        if found is not None and selection.needs_scores:
-            raise UsageError("SCORES", "both --scores and --text were given; expected one of them")
+    if selection.measures and found is None:
         assert model.path is not None
-        calibration = read_calibration(text, model.path, model.spec.max_position, cut)
+        calibration = read_calibration(p.text_or_default(text), model.path, model.spec.max_position, cut)
     with p.token_bar("Scoring") as advance:
-        return choose(model, selection, scores=found, calibration=calibration, options=how, progress=advance)
+        return choose(
+            model,
+            selection,
+            scores=found,
+            calibration=calibration,
+            options=how,
+            progress=advance,
+            on_pick=None if quiet else _show_pick,
+        )
+
+
+def _show_pick(pick: Pick) -> None:
+    # above the bar, if there is one
+    tqdm.write(f"{'dropped':<20}{pick}, {pick.score:.4f}")
 
 
 def _named(model: Model, named: DropOptions) -> DropPlan:
@@ -174,20 +209,29 @@ def _named(model: Model, named: DropOptions) -> DropPlan:
         drop_block=named.drop_block,
         drop_plan=named.drop_plan,
     )
-    if not plan:
-        raise UsageError("DROP", "the plan drops nothing; name what to drop")
+    check_drops(model, plan)
     return plan
 
 
-def _refuse_budget(budget: dict[str, Any], scores: Path | None, text: Path | None) -> None:
-    """What is named is not chosen too."""
-    said = [f"--{name.replace('_', '-')}" for name, value in budget.items() if value is not None]
-    said += [name for name, value in (("--scores", scores), ("--text", text)) if value is not None]
-    if said:
-        raise UsageError("DROP", f"{' and '.join(said)} beside layers that are named; expected one or the other")
+def _refuse_unused(ctx: typer.Context, selection: Selection | None, scores: Path | None) -> None:
+    """Raise UsageError SELECT for options that change nothing beside what else was said."""
+    unused: tuple[str, ...] = ()
+    if selection is None:
+        unused, beside = (*_CHOOSING, *_MEASURING, "seed"), "layers that are named"
+    elif selection.method in ("last", "keep-last"):
+        unused, beside = ("metric", "scores", *_MEASURING, "seed"), f"--method {selection.method}"
+    elif selection.metric in RULES:
+        seed = () if selection.metric == "random" else ("seed",)
+        unused, beside = ("scores", *_MEASURING, *seed), f"--metric {selection.metric}"
+    elif selection.method == "iterative":
+        unused, beside = ("scores",), "--method iterative, which scores anew after each drop"
+    elif scores is not None:
+        unused, beside = (*_MEASURING, "seed"), "--scores"
+    if said := p.said(ctx, unused):
+        raise UsageError("SELECT", f"{' and '.join(said)} beside {beside}; expected one or the other")
 
 
-def _facts(model: Model, plan: DropPlan, scores: Scores | None, work: _Work) -> dict[str, Any]:
+def _facts(model: Model, plan: DropPlan, made: Mapping[str, Any], work: _Work) -> dict[str, Any]:
     """What is dropped and what that saves, JSON-ready; nothing was measured but the scores."""
     context, batch, itemsize = decode_context(model.spec, work.context), work.batch, work.itemsize
     left = drop(model, plan)
@@ -199,19 +243,22 @@ def _facts(model: Model, plan: DropPlan, scores: Scores | None, work: _Work) -> 
         "kv_bytes": kv_cache_bytes(left.spec, batch, context, itemsize),
         "kv_bytes_before": kv_cache_bytes(model.spec, batch, context, itemsize),
         "predicted_speedup_of_input": before / after,
-        "scores": None if scores is None else made_of(plan, scores)["scores"],
+        "scores": made.get("scores"),
+        # what the files of the input hold besides is not written
+        "unread_bytes": 0,
     }
 
 
 def _write(
     model: Model,
     plan: DropPlan,
-    scores: Scores | None,
+    made: Mapping[str, Any],
     out: Path,
     read: ReadOptions,
     dialect: str,
     config_only: bool,
     overwrite: bool,
+    wait: bool,
 ) -> Written:
     assert model.path is not None
     # shown only on a terminal, and only when it takes longer than a moment
@@ -228,7 +275,8 @@ def _write(
             dialect=dialect,
             config_only=config_only,
             overwrite=overwrite,
-            made=made_of(plan, scores),
+            wait=wait,
+            made=made,
             read=read,
             progress=advance,
         )
@@ -246,7 +294,9 @@ def _show(left: Model, facts: dict[str, Any], out: Path) -> None:
         "",
         *describe(left, facts),
         "",
-        f"wrote {facts['path']}: {facts['num_tensors']} tensors" if "path" in facts else f"nothing written to {out}",
+        f"wrote {facts['path']}: {facts['num_tensors']} tensors, {facts['written_bytes']} bytes"
+        if "path" in facts
+        else f"nothing written to {out}",
     ]
     Console(highlight=False).print("\n".join(lines), markup=False, soft_wrap=True)
 

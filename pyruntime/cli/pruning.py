@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -11,6 +12,7 @@ from rich import box
 from rich.table import Table
 from tqdm import tqdm
 
+from pyruntime.engine.texts import default_text
 from pyruntime.errors import UsageError
 from pyruntime.prune import CalibrationOptions, Scores
 from pyruntime.prune.identity import KINDS
@@ -35,6 +37,19 @@ def calibration_options(num_seqs: int, seq_len: int | None, separate: bool, seed
     return CalibrationOptions(num_seqs=num_seqs, seq_len=seq_len, separate=separate, seed=seed)
 
 
+def said(ctx: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of the options, by their parameters' names, that stand on the command line, as "--num-seqs"."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return [f"--{name.replace('_', '-')}" for name, each in sources.items() if each and each.name == "COMMANDLINE"]
+
+
+def text_or_default(text: Path | None) -> Path:
+    """The file `text`, or the one that comes with the package, which is said."""
+    if text is None:
+        typer.echo("scored on the built-in text; --text FILE for your own", err=True)
+    return default_text() if text is None else text
+
+
 def numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     """The whole numbers in "4,8". Raises UsageError SCORES."""
     if text is None:
@@ -51,8 +66,10 @@ def token_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with tqdm(desc=what, unit=" tokens", unit_scale=True, disable=None, delay=1.0, leave=False) as bar:
 
         def advance(done: int, total: int) -> None:
+            if done < bar.n:
+                # a search begins anew behind each choice
+                bar.reset()
             bar.total = total
-            # a search begins anew behind each choice
             bar.update(done - bar.n)
 
         yield advance

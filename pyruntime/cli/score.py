@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from pyruntime.checkpoint.atomic import check_writable
+from pyruntime.checkpoint.atomic import check_output, check_writable
 from pyruntime.cli import options as o
 from pyruntime.cli import pruning as p
 from pyruntime.engine.load import DropOptions, read_pruned
@@ -17,7 +18,9 @@ from pyruntime.prune import METRICS, ScoreOptions, Scores, check_plot, forget, r
 from pyruntime.prune import score as score_model
 from pyruntime.prune.scores import STATISTICS
 
-Text = Annotated[Path, typer.Option("--text", help='Text to score on, or .jsonl of {"text": ...}.', show_default=False)]
+Text = Annotated[
+    Path | None, typer.Option("--text", help='Text to score on, or .jsonl of {"text": ...} (default: a built-in one).')
+]
 Output = Annotated[Path, typer.Option("-o", "--output", help="File for the scores (JSON).", show_default=False)]
 Metric = Annotated[
     list[str] | None,
@@ -32,8 +35,8 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the scores:
 
 def score(
     model: o.Model,
-    text: Text,
     output: Output,
+    text: Text = None,
     metric: Metric = None,
     runs: Runs = None,
     num_seqs: p.NumSeqs = p.NUM_SEQS,
@@ -60,13 +63,13 @@ def score(
         layer_by_layer=layer_by_layer,
     )
     cut = p.calibration_options(num_seqs, seq_len, separate, seed)
-    check_writable(output)
-    if plot is not None:
-        check_plot(plot)
     read = read_pruned(model, DropOptions(), revision, o.read_options(prefer, ignore_config_keys))
     assert read.path is not None
-    calibration = read_calibration(text, read.path, read.spec.max_position, cut)
     partial = output.with_name(f"{output.name}.partial")
+    _check_outputs([output, partial, *([] if plot is None else [plot])], [read.path, *([] if text is None else [text])])
+    if plot is not None:
+        check_plot(plot)
+    calibration = read_calibration(p.text_or_default(text), read.path, read.spec.max_position, cut)
     with p.token_bar("Scoring") as advance:
         scores = score_model(read, calibration, options, partial=partial, progress=advance)
     scores.save(output)
@@ -77,6 +80,13 @@ def score(
         print(json.dumps(scores.to_json()))
     else:
         _show(scores)
+
+
+def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """What is written neither takes the place of what is read nor of one another."""
+    for place, output in enumerate(outputs):
+        check_output(output, [*inputs, *outputs[:place]])
+        check_writable(output)
 
 
 def _show(scores: Scores) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -13,16 +14,25 @@ import typer
 
 from pyruntime.bench import Comparison, Samples, check_plan, commit, decode_case, interleaved, machine, steps_runner
 from pyruntime.checkpoint import Model
-from pyruntime.checkpoint.atomic import check_writable
+from pyruntime.checkpoint.atomic import check_output, check_writable, make_folder
 from pyruntime.cli import options as o
-from pyruntime.cli.evaluate_options import TextOptions, bars, command_line, split_tasks
+from pyruntime.cli.evaluate_options import (
+    TextOptions,
+    bars,
+    byte_bar,
+    command_line,
+    reading_facts,
+    refuse_unused,
+    split_tasks,
+)
 from pyruntime.cli.pruning import token_bar
 from pyruntime.cli.tradeoff_table import print_points
-from pyruntime.engine.load import DropOptions, Loaded, load
-from pyruntime.errors import RunError, UsageError
+from pyruntime.engine.load import DropOptions, Loaded, load, read_pruned
+from pyruntime.engine.texts import default_text
+from pyruntime.errors import UsageError
 from pyruntime.evaluate import Measures, compared, digest, mean_of, measure, model_sha256, plan_settings, read_items
 from pyruntime.evaluate.plot import check_plot, save_tradeoff
-from pyruntime.evaluate.tradeoff import Point, TradeoffReport
+from pyruntime.evaluate.tradeoff import FILES, Point, TradeoffReport
 from pyruntime.passes import parse_layers
 from pyruntime.plan import Plan
 from pyruntime.prune import TARGETS, ScoreOptions, Scores, Selection, decode_context, read_calibration, score, select
@@ -43,18 +53,28 @@ Context = Annotated[
     int | None, typer.Option("--context", min=0, help="Tokens before the new one (default: 256, or all but one).")
 ]
 
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", help="Held-out text for the perplexity (default: one of 50 KB of its own).", dir_okay=False),
+]
+DropN = Annotated[
+    str | None, typer.Option("--drop-n", help="How many to drop: 0-12 or 0,2,4 or 0-12+2 (default: 0-8).")
+]
+
 # of a sample, and of steps in it
 _SAMPLE_SECONDS: Final = 0.02
 _MAX_STEPS: Final = 64
+# as far as the model has so many
+_COUNTS: Final = range(9)
 # what a speed depends on beside the model
 _MACHINE: Final = ("pyruntime", "cpu_info", "num_cores", "gpu_info", "torch")
 
 
 def tradeoff(
     model: o.Model,
-    text: Annotated[Path, typer.Option("--text", help="Held-out text for the perplexity.", dir_okay=False)],
     output: Output,
-    drop_n: Annotated[str, typer.Option("--drop-n", help="How many to drop: 0-12 or 0,2,4 or 0-12+2.")] = "0-8",
+    text: Text = None,
+    drop_n: DropN = None,
     target_layer: TargetLayer = "attn,mlp,block,joint",
     calib: Calib = None,
     scores: ScoresFile = None,
@@ -79,21 +99,23 @@ def tradeoff(
     as_json: o.Json = False,
 ) -> None:
     """Quality against measured tokens per second, for attentions, MLPs, blocks and both together."""
-    _prepare(output, plot)
+    refuse_unused("--tasks", tasks is not None, limit=limit)
+    refuse_unused("scoring, as --scores gives the scores", scores is None, calib=calib)
     how: dict[str, Any] = {"dtype": dtype, "target": target, "device": device}
     how |= o.reading(revision, prefer, ignore_config_keys, check_weights)
+    # reads headers only: what cannot be dropped is said before anything runs
+    whole = read_pruned(model, DropOptions(), revision, how["options"], warn=False)
+    wanted = _wanted(whole.spec, target_layer, drop_n)
+    files = _files(tasks)
+    _prepare(output, plot, (whole.path, text, calib, scores, *files.values()))
+    text = _default_text() if text is None else text
     dense = load(model, **how)
-    assert dense.tokenizer is not None
     cut = TextOptions(window=window, stride=stride, bos=bos, max_chars=max_chars)
-    measures = Measures(
-        text=cut.read(text, dense.tokenizer, dense.model.spec.max_position),
-        tasks={name: read_items(path, limit) for name, path in _files(tasks).items()},
-    )
+    measures = _measures(dense, cut, text, files, limit)
     speed = _speed_of(dense.plan, batch_size, decode_context(dense.model.spec, context), repeats)
-    wanted = _wanted(dense.model.spec, target_layer, drop_n)
+    report = TradeoffReport(output, _about(dense, measures, speed, how, as_json))
     found = _scores(dense.model, scores, text if calib is None else calib, metric, how, as_json)
-    about = _about(dense, measures, speed) | {"scored_on": found.text, "scored_on_sha256": found.text_sha256}
-    report = TradeoffReport(output, about)
+    report.describe(scored_on=found.text, scored_on_sha256=found.text_sha256)
     runner = _Runner(model, how, dense, measures, speed, as_json)
     for kind, count in wanted:
         selection = Selection(target=kind, metric=metric, drop_n=count) if count else None
@@ -102,10 +124,11 @@ def tradeoff(
         place: dict[str, Any] = {"target": kind, "num_dropped": count}
         report.add(runner.point(plan, place) if known is None else dataclasses.replace(known, **place))
     report.finish()
-    print(json.dumps([each.to_json() for each in report.points])) if as_json else print_points(report.points, about)
+    points = report.points
+    print(json.dumps([each.to_json() for each in points])) if as_json else print_points(points, report.about)
     if plot:
-        name = f"{Path(model).name}, {about['dtype']}, {about['machine']['cpu_info']}"
-        save_tradeoff(report.points, output, title=name, speed=speed.words)
+        name = f"{Path(model).name}, {report.about['dtype']}, {report.about['machine']['cpu_info']}"
+        save_tradeoff(points, output, title=name, speed=speed.words)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -192,15 +215,20 @@ class _Runner:
         )
 
 
-def _prepare(output: Path, plot: bool) -> None:
+def _prepare(output: Path, plot: bool, inputs: Sequence[Path | None]) -> None:
     """Say now, not behind minutes of measuring, what the report would fail at."""
     if plot:
         check_plot()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError("IO", f"cannot make {output}: {error.strerror}") from None
+    for name in FILES:
+        check_output(output / name, [each for each in inputs if each is not None])
+    make_folder(output)
     check_writable(output / "tradeoff.json")
+
+
+def _default_text() -> Path:
+    text = default_text()
+    typer.echo(f"no --text: {text.name} is taken, which comes with pyruntime", err=True)
+    return text
 
 
 def _files(tasks: str | None) -> dict[str, Path]:
@@ -210,14 +238,30 @@ def _files(tasks: str | None) -> dict[str, Path]:
     return files
 
 
-def _wanted(spec: ModelSpec, target_layer: str, drop_n: str) -> list[tuple[str, int]]:
-    """(target, number) of each point; numbers that a target does not have are left out."""
-    kinds = [part.strip() for part in target_layer.split(",")]
+def _measures(dense: Loaded, cut: TextOptions, text: Path, files: dict[str, Path], limit: int | None) -> Measures:
+    assert dense.tokenizer is not None
+    return Measures(
+        text=cut.read(text, dense.tokenizer, dense.model.spec.max_position),
+        tasks={name: read_items(path, limit) for name, path in files.items()},
+    )
+
+
+def _wanted(spec: ModelSpec, target_layer: str, drop_n: str | None) -> list[tuple[str, int]]:
+    """(target, number) of each point, the dense model once; what a target does not have is left out, and said."""
+    kinds = list(dict.fromkeys(part.strip() for part in target_layer.split(",")))
     if unknown := [kind for kind in kinds if kind not in TARGETS]:
         raise UsageError("SELECT", f"--target-layer has {unknown[0]!r}; expected some of {', '.join(TARGETS)}")
-    counts = sorted(set(parse_layers(drop_n, [])))
     there = {kind: len(candidates(spec, TARGETS[kind])) for kind in kinds}
-    return [(kind, count) for kind in kinds for count in counts if count <= there[kind]]
+    most = max(there.values())
+    counts = range(min(len(_COUNTS), most + 1)) if drop_n is None else sorted(set(parse_layers(drop_n, [])))
+    if above := [count for count in counts if count > most]:
+        raise UsageError("SELECT", f"--drop-n has {above[0]}; at most {most} can be dropped of {', '.join(kinds)}")
+    for kind in kinds:
+        left = [str(count) for count in counts if count > there[kind]]
+        if left and drop_n is not None:
+            typer.echo(f"left out: {kind} {', '.join(left)} (it has {there[kind]})", err=True)
+    dense = [("dense", 0)] if 0 in counts else []
+    return dense + [(kind, count) for kind in kinds for count in counts if 0 < count <= there[kind]]
 
 
 def _scores(model: Model, path: Path | None, text: Path, metric: str, how: dict[str, Any], quiet: bool) -> Scores:
@@ -233,22 +277,24 @@ def _scores(model: Model, path: Path | None, text: Path, metric: str, how: dict[
         return score(model, calibration, ScoreOptions(metrics=(metric,), runs=(), **run), progress=advance)
 
 
-def _about(dense: Loaded, measures: Measures, speed: _Speed) -> dict[str, Any]:
+def _about(dense: Loaded, measures: Measures, speed: _Speed, how: dict[str, Any], quiet: bool) -> dict[str, Any]:
     """What the points belong to; points with the same key are not measured again."""
     assert measures.text is not None
     facts = machine()
+    with byte_bar("Hashing", quiet) as advance:
+        sha256 = model_sha256(dense.model, advance)
     depends = {
-        "model_sha256": model_sha256(dense.model),
+        "model_sha256": sha256,
         **plan_settings(dense.plan),
         **measures.text.about(),
         "tasks_sha256": {name: digest([dataclasses.asdict(item) for item in i]) for name, i in measures.tasks.items()},
         "batch": speed.batch,
         "context": speed.context,
         "repeats": speed.repeats,
+        **reading_facts(how["options"]),
         "num_threads": torch.get_num_threads() if dense.plan.program is None else dense.plan.program.num_threads,
         "machine": {name: facts[name] for name in _MACHINE},
     }
-    path = dense.model.path
-    name = path.name if path is not None and path.is_absolute() else str(path)
-    about = {"model": name, "commit": commit(), "command": command_line()}
+    assert dense.model.path is not None
+    about = {"model": dense.model.path.resolve().name, "commit": commit(), "command": command_line()}
     return {"key": digest(depends), **about, **depends}

@@ -43,7 +43,7 @@ def _row(point: Point, with_tasks: bool) -> list[str]:
     accuracy = [] if not with_tasks else ["" if point.accuracy is None else f"{100 * point.accuracy:.1f}%"]
     gamma = point.gamma if with_tasks else point.gamma_perplexity
     return [
-        f"{point.target} {point.num_dropped}",
+        f"{point.target} {point.num_dropped}" if point.plan else point.target,
         _short(point.perplexity),
         change if error is None else f"{change} ± {_short(100 * error)}",
         *accuracy,

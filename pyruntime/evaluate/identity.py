@@ -7,14 +7,17 @@ import json
 from typing import Any
 
 from pyruntime.checkpoint import Model
-from pyruntime.checkpoint.manifest import make_manifest
+from pyruntime.checkpoint.manifest import Progress, make_manifest
 from pyruntime.plan import Plan
 
 
-def model_sha256(model: Model) -> str:
-    """Hash of every byte of the files of `model`, and of which of its sublayers are dropped."""
+def model_sha256(model: Model, progress: Progress | None = None) -> str:
+    """Hash of every byte of the files of `model`, and of which of its sublayers are dropped.
+
+    `progress` is called with (bytes read, bytes in all).
+    """
     assert model.path is not None
-    files = make_manifest(model.path, {})["files"]
+    files = make_manifest(model.path, {}, progress)["files"]
     return digest(files, list(model.spec.dropped("attention")), list(model.spec.dropped("mlp")))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pyruntime.engine.texts import read_records
 from pyruntime.errors import UsageError
-from pyruntime.evaluate.texts import read_lines
 
 _DELIMITER: Final = " "
 _FORMS: Final = (
@@ -37,7 +37,7 @@ def read_items(path: Path, limit: int | None = None) -> tuple[Item, ...]:
     "bad"}: the likelier of two texts.
     """
     found: list[Item] = []
-    for where, value in read_lines(path, "TASK"):
+    for where, value in read_records(path, "TASK"):
         if limit is not None and len(found) == limit:
             break
         found.append(_item(value, where))

@@ -77,7 +77,7 @@ def copy_probe(
 
     Tokens are drawn evenly from the vocabulary without `avoid` (special tokens); `bos` opens each sequence. This is the
     repeated random sequence that Olsson et al. (2022), In-context Learning and Induction Heads, measure copying with.
-    Raises UsageError PROBE for a context too short for the least distance.
+    Raises UsageError PROBE for a context too short for the least distance, and where every token is special.
     """
     head = [] if bos is None else [bos]
     longest = max_length - len(head) - _PASSAGE
@@ -86,7 +86,10 @@ def copy_probe(
         raise UsageError("PROBE", f"a context of {max_length} tokens is too short; expected {2 * _PASSAGE + 1} or more")
     # the furthest that the context allows is what dropping is said to hurt most
     distances.append(longest)
-    draw, ordinary = random.Random(seed), [i for i in range(vocab_size) if i not in set(avoid)]
+    special = set(avoid)
+    draw, ordinary = random.Random(seed), [i for i in range(vocab_size) if i not in special]
+    if not ordinary:
+        raise UsageError("PROBE", f"each of the {vocab_size} tokens is special; leave out the copying probe")
     windows = []
     for distance, _ in itertools.product(distances, range(repeats)):
         body = draw.choices(ordinary, k=distance)

@@ -71,6 +71,15 @@ def save_tradeoff(points: Sequence[Point], folder: Path, *, title: str, speed: s
             write_bytes(folder / f"tradeoff.{kind}", picture.getvalue())
 
 
+def x_limits(points: Sequence[Point]) -> tuple[float, float]:
+    """The ends of the axis of speed-ups: those of the medians and of 1; a wide bar is cut, and squeezes nothing."""
+    speeds = [1.0, *(each.speedup for each in points)]
+    low, high = min(speeds), max(speeds)
+    span = max(high - low, 0.05)
+    # the labels at the ends of the curves stand to their right
+    return low - 0.08 * span, high + 0.3 * span
+
+
 def _sensible(points: Sequence[Point]) -> tuple[list[Point], list[str]]:
     """The points to draw, and the names of those whose perplexity is far from the dense one's."""
     dense = min(each.perplexity / (1 + each.perplexity_change) for each in points)
@@ -98,22 +107,28 @@ def _scale(axes: Any, points: Sequence[Point]) -> None:
 
 
 def _draw(axes: Any, points: Sequence[Point], panel: _Panel, speed: str) -> None:
+    axes.set_xlim(x_limits(points))
+    dense = next((each for each in points if not each.plan), None)
     for target, (name, colour, marker, dashes) in _STYLES.items():
         own = [each for each in points if each.target == target and panel.value(each) is not None]
         if own:
+            if dense is not None:
+                pair = (dense, own[0])
+                ends = [each.speedup for each in pair], [panel.value(each) for each in pair]
+                axes.plot(*ends, color=colour, linestyle=dashes, linewidth=1.6, alpha=0.95)
             _curve(axes, own, panel, colour, marker, dashes)
             _label(axes, own[-1], panel, f"{name} ", colour)
-    dense = next((each for each in points if not each.plan), None)
     if dense is not None:
         value = panel.value(dense)
         axes.axhline(value, color="0.6", linewidth=0.8, zorder=0)
-        axes.plot([dense.speedup], [value], marker="*", markersize=15, color="0.25", zorder=5)
+        spread = [[dense.speedup - dense.speedup_p20], [dense.speedup_p80 - dense.speedup]]
+        axes.errorbar(
+            [dense.speedup], [value], xerr=spread, marker="*", markersize=15, color="0.25", elinewidth=0.7, zorder=5
+        )
         axes.annotate("dense", (dense.speedup, value), (6, -13), textcoords="offset points", color="0.25")
     axes.axvline(1.0, color="0.6", linewidth=0.8, zorder=0)
     axes.set_xlabel(f"measured speed-up, {speed}")
     axes.set_ylabel(panel.label)
-    # the labels at the ends of the curves stand to their right
-    axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -136,7 +151,7 @@ def _curve(axes: Any, own: Sequence[Point], panel: _Panel, colour: str, marker: 
         alpha=0.95,
     )
     # how many are dropped, at every other point: all of them would hide each other
-    for each in own[1:-1:2]:
+    for each in own[:-1:2]:
         axes.annotate(
             str(each.num_dropped),
             (each.speedup, panel.value(each)),
@@ -151,10 +166,10 @@ def _curve(axes: Any, own: Sequence[Point], panel: _Panel, colour: str, marker: 
 def _label(axes: Any, last: Point, panel: _Panel, name: str, colour: str) -> None:
     axes.annotate(
         f"{name}{last.num_dropped}",
-        (last.speedup_p80, panel.value(last)),
-        (7, 0),
+        # above the bar, which may be long
+        (last.speedup, panel.value(last)),
+        (7, 3),
         textcoords="offset points",
-        va="center",
         color=colour,
         fontweight="bold",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,26 +12,29 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from pyruntime.checkpoint.atomic import write_bytes, write_text
-from pyruntime.checkpoint.files import io_error
-from pyruntime.checkpoint.strict_json import read_object
-from pyruntime.errors import CheckpointError, RunError
+from pyruntime.checkpoint.atomic import make_folder, write_bytes, write_text
+from pyruntime.checkpoint.strict_json import read_bytes, read_object
+from pyruntime.errors import CheckpointError
 from pyruntime.evaluate.identity import digest
 from pyruntime.plan import Plan
 from pyruntime.plan.likelihood import LogitRows, Window, logit_rows
 
 _FORMAT: Final = "pyruntime-logits"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _INDEX: Final = "index.json"
 # of one file; also what is in memory before it is written
 _SHARD_BYTES: Final = 64 << 20
+# of 256 rows, as many as one run gives, for a vocabulary of a million, beside a full shard
+_MAX_SHARD_BYTES: Final = 2 << 30
+_MAX_INDEX_BYTES: Final = 64 << 20
 
 
 class LogitsCache:
     """The reference's logits for one text in `folder`/KEY, float32: index.json, and shards of 64 MB as safetensors.
 
     `key` is what they depend on: hashes of model and text, and every setting. The index is written last, so a folder
-    without one is not finished and is written anew. The size is 4 bytes x tokens x vocabulary.
+    without one is not finished and is written anew. It holds the hash of each shard and of itself, so that what was
+    changed is not taken. The size is 4 bytes x tokens x vocabulary.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], windows: Sequence[Window]) -> None:
@@ -57,11 +61,8 @@ class LogitsCache:
             yield from self._write(logit_rows(plan, self._windows))
 
     def _write(self, rows: Iterable[LogitRows]) -> Iterator[LogitRows]:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError("IO", f"cannot make {self._folder}: {error.strerror}") from None
-        shards: list[list[tuple[int, int]]] = []
+        make_folder(self._folder)
+        shards: list[dict[str, Any]] = []
         held: list[LogitRows] = []
         for each in rows:
             # the plan writes over its buffers in the next step
@@ -72,26 +73,42 @@ class LogitsCache:
             yield each
         if held:
             shards.append(self._save(len(shards), held))
-        write_text(self._folder / _INDEX, json.dumps({**self._about, "shards": shards}) + "\n")
+        index = {**self._about, "shards": shards}
+        write_text(self._folder / _INDEX, json.dumps({**index, "index_sha256": digest(index)}) + "\n")
 
-    def _save(self, number: int, held: Sequence[LogitRows]) -> list[tuple[int, int]]:
+    def _save(self, number: int, held: Sequence[LogitRows]) -> dict[str, Any]:
         tensors = {str(i): each.logits.contiguous() for i, each in enumerate(held)}
-        write_bytes(self._shard(number), safetensors.torch.save(tensors))
-        return [(each.window, each.begin) for each in held]
+        data = safetensors.torch.save(tensors)
+        write_bytes(self._shard(number), data)
+        return {"sha256": hashlib.sha256(data).hexdigest(), "rows": [[each.window, each.begin] for each in held]}
 
     def _read(self) -> Iterator[LogitRows]:
-        index = read_object(self._folder / _INDEX, "CACHE", 1 << 26)
-        if {name: index.get(name) for name in self._about} != self._about:
-            raise self._changed(_INDEX)
-        for number, places in enumerate(index["shards"]):
+        for number, shard in enumerate(self._shards()):
             path = self._shard(number)
             try:
-                tensors = safetensors.torch.load(path.read_bytes())
-                yield from (LogitRows(window, begin, tensors[str(i)]) for i, (window, begin) in enumerate(places))
+                data = read_bytes(path, "CACHE", _MAX_SHARD_BYTES)
+            except CheckpointError:
+                raise self._changed(path.name) from None
+            if hashlib.sha256(data).hexdigest() != shard["sha256"]:
+                raise self._changed(path.name)
+            try:
+                tensors = safetensors.torch.load(data)
+                yield from (
+                    LogitRows(window, begin, tensors[str(i)]) for i, (window, begin) in enumerate(shard["rows"])
+                )
             except (SafetensorError, KeyError):
                 raise self._changed(path.name) from None
-            except OSError as error:
-                raise io_error(f"cannot read {path}", error) from None
+
+    def _shards(self) -> list[dict[str, Any]]:
+        """The lines of the index, of which no byte was changed since it was written."""
+        try:
+            index = read_object(self._folder / _INDEX, "CACHE", _MAX_INDEX_BYTES)
+        except CheckpointError:
+            raise self._changed(_INDEX) from None
+        own = index.pop("index_sha256", None)
+        if digest(index) != own or {name: index.get(name) for name in self._about} != self._about:
+            raise self._changed(_INDEX)
+        return list(index["shards"])
 
     def _shard(self, number: int) -> Path:
         return self._folder / f"logits-{number:05d}.safetensors"

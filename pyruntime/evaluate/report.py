@@ -81,9 +81,10 @@ def measure(
     if (probe := measures.copies) is not None:
         with bars(f"copying, {what}", sum(len(window.token_ids) for window in probe.windows)) as bar:
             copies = copy_losses(plan, probe, bar)
-    spec = loaded.model.spec
+    spec, path = loaded.model.spec, loaded.model.path
     settings = {
-        "model": str(loaded.model.path),
+        # where it lies is nobody's business
+        "model": None if path is None else path.resolve().name,
         **plan_settings(plan),
         "drop_attn_list": list(spec.dropped("attention")),
         "drop_mlp_list": list(spec.dropped("mlp")),

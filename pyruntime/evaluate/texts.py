@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pyruntime.checkpoint.strict_json import parse, read_bytes
+from pyruntime.engine.texts import read_texts
 from pyruntime.engine.tokenizer import Tokenizer
-from pyruntime.errors import CheckpointError, UsageError
+from pyruntime.errors import UsageError
 from pyruntime.plan.likelihood import Window, strided_windows
 
-_MAX_BYTES: Final = 1 << 30
 # windows beyond this add little context and much time; the papers use 2048 too
 _DEFAULT_LENGTH: Final = 2048
 # what bytes that are no whole character decode to
@@ -88,42 +86,15 @@ class TokenizedText:
 def read_corpus(path: Path, max_chars: int | None = None) -> Corpus:
     """The documents of `path`: one JSON object with "text" per line for .jsonl, else the whole file as one.
 
-    At most the first `max_chars` characters are kept. Raises UsageError TEXT for a file that is missing, empty or
-    malformed, naming the line.
+    At most the first `max_chars` characters are kept. Raises as `read_texts`.
     """
-    by_line = path.suffix == ".jsonl"
-    if by_line:
-        documents = [_text_of(value, where) for where, value in read_lines(path, "TEXT")]
-    else:
-        documents = [_decode(_read(path, "TEXT"), path)]
     kept, left = [], max_chars
-    for document in documents:
+    for document in read_texts(path).texts:
         cut = document if left is None else document[:left]
         left = None if left is None else left - len(cut)
         if cut:
             kept.append(cut)
-    if not kept:
-        raise UsageError("TEXT", f"{path} holds no text; expected at least two tokens")
-    return Corpus(path.name, tuple(kept), by_line)
-
-
-def read_lines(path: Path, code: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("name, line n", object) of each line of JSON in the file; empty lines are passed over.
-
-    Raises UsageError `code` naming the first line that is no JSON object.
-    """
-    for number, line in enumerate(_read(path, code).split(b"\n"), 1):
-        where = f"{path.name}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            value = parse(line, where, code)
-        except CheckpointError as error:
-            # the file is no checkpoint: what is wrong is what was asked for
-            raise UsageError(code, str(error)) from None
-        if not isinstance(value, dict):
-            raise UsageError(code, f"{where}: is a {type(value).__name__}; expected a JSON object")
-        yield where, value
+    return Corpus(path.name, tuple(kept), path.suffix == ".jsonl")
 
 
 def opening_token(tokenizer: Tokenizer) -> int | None:
@@ -175,24 +146,3 @@ def _first_token(tokenizer: Tokenizer, ids: list[int]) -> str:
         if not text.startswith(_PARTIAL):
             return text[:1]
     return ""
-
-
-def _read(path: Path, code: str) -> bytes:
-    try:
-        return read_bytes(path, code, _MAX_BYTES)
-    except CheckpointError as error:
-        raise UsageError(code, str(error)) from None
-
-
-def _decode(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError("TEXT", f"{path.name}: is not UTF-8 at byte {error.start}; save the text as UTF-8") from None
-
-
-def _text_of(value: dict[str, Any], where: str) -> str:
-    text = value.get("text")
-    if not isinstance(text, str):
-        raise UsageError("TEXT", f'{where}: has no "text"; expected an object such as {{"text": "..."}}')
-    return text

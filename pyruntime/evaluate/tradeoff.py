@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,17 +14,21 @@ from typing import Any, Final
 from pyruntime.checkpoint.atomic import write_text
 from pyruntime.checkpoint.files import is_there
 from pyruntime.checkpoint.strict_json import read_object
-from pyruntime.errors import CheckpointError
+from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.spec import DropPlan
 
 _FORMAT: Final = "pyruntime-tradeoff"
 _VERSION: Final = 1
 _MAX_BYTES: Final = 64 * 2**20
+_ADVICE: Final = "choose another folder, or remove it"
+FILES: Final = ("tradeoff.json", "tradeoff.csv", "tradeoff.svg", "tradeoff.png")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """One pruned model: what is dropped, its quality, and its speed over the dense one in decode steps.
+
+    `target` is what was dropped, or "dense" where nothing was: the dense model beside itself.
 
     `perplexity_change` is relative, `accuracy` the mean over the tasks from 0 to 1, or None. `speedup` is the median of
     the ratios of neighbouring samples, with the 20th and 80th percentile; `predicted` is the ratio of the bytes.
@@ -72,7 +77,26 @@ class Point:
     def from_json(cls, data: Mapping[str, Any]) -> Point:
         """The point that `to_json` gave. Raises TypeError or KeyError for anything else."""
         values = {each.name: data[each.name] for each in fields(cls)}
+        for each in fields(cls):
+            if not _is_a(str(each.type), values[each.name]):
+                raise TypeError(f"{each.name} is {str(values[each.name])[:40]!r}; expected {each.type}")
         return cls(**values | {name: tuple(values[name]) for name in ("drop_attn_list", "drop_mlp_list")})
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    """Whether a value of JSON is one of a field that is declared as `kind`."""
+    match kind:
+        case "str":
+            return isinstance(value, str)
+        case "int":
+            return type(value) is int and value >= 0
+        case "tuple[int, ...]":
+            return isinstance(value, list) and all(_is_a("int", each) for each in value)
+        case "Mapping[str, float]":
+            return isinstance(value, dict) and all(_is_a("float", each) for each in value.values())
+        case "float | None":
+            return value is None or _is_a("float", value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def gamma(lost: float, speedup: float) -> float | None:
@@ -86,15 +110,20 @@ def gamma(lost: float, speedup: float) -> float | None:
 class TradeoffReport:
     """The points of one trade-off in `folder`/tradeoff.json, saved one by one, so that a run that was killed goes on.
 
-    `about` is what the points belong to; its "key" decides whether those that are in the file already are taken.
+    `about` is what the points belong to; its "key" decides whether the file goes on. Raises UsageError OUTPUT for a
+    folder with a report of something else, or with another file in the place of one that is written.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self._path = folder / "tradeoff.json"
         self._folder = folder
-        self._about = dict(about)
+        self.about = dict(about)
         self.points: list[Point] = []
         self._earlier = {(each.drop_attn_list, each.drop_mlp_list): each for each in self._read()}
+
+    def describe(self, **facts: Any) -> None:
+        """Add to what the report says of itself, beside the key."""
+        self.about |= facts
 
     def known(self, plan: DropPlan) -> Point | None:
         """A point with the same sublayers dropped, of this run or an earlier one with the same key."""
@@ -115,19 +144,25 @@ class TradeoffReport:
         write_text(self._folder / "tradeoff.csv", as_csv(self.points))
 
     def _save(self, points: Sequence[Point]) -> None:
-        whole = {"format": _FORMAT, "version": _VERSION, **self._about, "points": [each.to_json() for each in points]}
+        whole = {"format": _FORMAT, "version": _VERSION, **self.about, "points": [each.to_json() for each in points]}
         write_text(self._path, json.dumps(whole, indent=1) + "\n")
 
     def _read(self) -> list[Point]:
         if not is_there(self._path):
+            if there := [name for name in FILES if is_there(self._folder / name)]:
+                raise UsageError("OUTPUT", f"{self._folder} holds {there[0]} and no tradeoff.json; {_ADVICE}")
             return []
         try:
             data = read_object(self._path, "TRADEOFF", _MAX_BYTES)
-            same = (data.get("format"), data.get("version"), data.get("key")) == (_FORMAT, _VERSION, self._about["key"])
-            return [Point.from_json(each) for each in data["points"]] if same else []
-        except (CheckpointError, TypeError, KeyError):
-            # a file that is no report is written anew, as an unfinished one would be
-            return []
+            if (data["format"], data["version"]) != (_FORMAT, _VERSION):
+                raise TypeError(f"its format is {str(data['format'])[:40]!r}")
+            if data["key"] == self.about["key"]:
+                return [Point.from_json(each) for each in data["points"]]
+        except (CheckpointError, TypeError, KeyError) as error:
+            raise UsageError(
+                "OUTPUT", f"{self._path} is no report of pyruntime tradeoff ({error}); {_ADVICE}"
+            ) from None
+        raise UsageError("OUTPUT", f"{self._path} holds a report of another model, text or setting; {_ADVICE}")
 
 
 def as_csv(points: Sequence[Point]) -> str:

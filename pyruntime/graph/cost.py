@@ -40,15 +40,18 @@ class Cost:
         return Cost(self.weight_bytes + other.weight_bytes, self.kv_bytes + other.kv_bytes, self.flops + other.flops)
 
 
-def cost_of(nodes: Iterable[Node], work: Sequence[SequenceWork], itemsize: int) -> dict[str, Cost]:
-    """Cost of each node, by name, for one step over `work`; weights and cache take `itemsize` bytes a value."""
-    return {node.name: _node_cost(node, work, itemsize) for node in nodes}
+def cost_of(nodes: Iterable[Node], work: Sequence[SequenceWork], itemsize: int, *, copies: int = 1) -> dict[str, Cost]:
+    """Cost of each node, by name, for one step over `work`; weights and cache take `itemsize` bytes a value.
+
+    The step has `copies` sequences of each of `work`, which is quicker to say and to count than a list of equals.
+    """
+    return {node.name: _node_cost(node, work, itemsize, copies) for node in nodes}
 
 
-def _node_cost(node: Node, work: Sequence[SequenceWork], itemsize: int) -> Cost:
+def _node_cost(node: Node, work: Sequence[SequenceWork], itemsize: int, copies: int) -> Cost:
     wanted_only = node.rows is Rows.WANTED
     counts = [min(each.wanted, each.length) if wanted_only else each.length for each in work]
-    rows = sum(counts)
+    rows = copies * sum(counts)
     if rows == 0:
         return Cost()
     weight_bytes = itemsize * sum(math.prod(shape) for shape in node.attrs.weight_shapes().values())
@@ -61,7 +64,7 @@ def _node_cost(node: Node, work: Sequence[SequenceWork], itemsize: int) -> Cost:
         case QkvRopeAttrs(cache=True, attention=attention):
             return Cost(weight_bytes, rows * attention.cached_size * itemsize, flops)
         case AttentionAttrs(attention=attention) as attrs:
-            pairs, seen = _visible(attrs, work, counts)
+            pairs, seen = (copies * count for count in _visible(attrs, work, counts))
             flops += pairs * attrs.flops_per_pair() + seen * attrs.flops_per_seen()
             return Cost(weight_bytes, seen * attention.cached_size * itemsize, flops)
         case MoeAttrs() as attrs:

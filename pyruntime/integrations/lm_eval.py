@@ -130,6 +130,17 @@ class PyruntimeLM(LM):
         raise UsageError("LM_EVAL", "the tokenizer has neither an opening nor an end token to begin an empty text with")
 
 
+def check_tasks(names: Sequence[str], include_path: Path | None = None) -> TaskManager:
+    """The tasks that lm-eval knows, `names` among them. Raises UsageError LM_EVAL for others; downloads nothing."""
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    known = set(manager.all_tasks)
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(
+            "LM_EVAL", f"lm-eval has no task {', '.join(unknown)}; expected its names, a .jsonl file, or --include-path"
+        )
+    return manager
+
+
 def run_tasks(
     loaded: Loaded,
     names: Sequence[str],
@@ -138,21 +149,26 @@ def run_tasks(
     num_fewshot: int | None = None,
     include_path: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """lm-eval's figures of each task: "acc,none", "acc_stderr,none" and so on. Raises UsageError LM_EVAL."""
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    known = set(manager.all_tasks)
-    if unknown := [name for name in names if name not in known]:
-        raise UsageError(
-            "LM_EVAL", f"lm-eval has no task {', '.join(unknown)}; expected its names, a .jsonl file, or --include-path"
+    """lm-eval's figures of each task: "acc,none", "acc_stderr,none" and so on.
+
+    Raises as `check_tasks`, RunError IO for data that cannot be read or downloaded.
+    """
+    manager = check_tasks(names, include_path)
+    try:
+        found = simple_evaluate(
+            model=PyruntimeLM(loaded),
+            tasks=list(names),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            task_manager=manager,
+            log_samples=False,
         )
-    found = simple_evaluate(
-        model=PyruntimeLM(loaded),
-        tasks=list(names),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        task_manager=manager,
-        log_samples=False,
-    )
+    except OSError as error:
+        # what the Hub's libraries raise for a missing data set, and for a network that is down
+        raise RunError(
+            "IO",
+            f"lm-eval cannot read the data of {', '.join(names)}: {error}; see to the network, or name a .jsonl file",
+        ) from None
     assert found is not None
     return {
         name: {key: value for key, value in figures.items() if isinstance(value, int | float | str)}

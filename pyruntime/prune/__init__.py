@@ -4,7 +4,7 @@ from pyruntime.prune.calibration import Calibration, CalibrationOptions, read_ca
 from pyruntime.prune.greedy import select_for_speedup, select_iteratively
 from pyruntime.prune.identity import model_identity
 from pyruntime.prune.plot import check_plot, save_plot
-from pyruntime.prune.prune import Pruned, choose, made_of, prune
+from pyruntime.prune.prune import Pruned, check_drops, choose, made_of, prune
 from pyruntime.prune.score import ScoreOptions, forget, score
 from pyruntime.prune.scores import METRICS, Scores
 from pyruntime.prune.select import METHODS, RULES, TARGETS, Pick, Selection, decode_context, select
@@ -23,6 +23,7 @@ __all__ = [
     "ScoreOptions",
     "Scores",
     "Selection",
+    "check_drops",
     "check_plot",
     "choose",
     "decode_context",

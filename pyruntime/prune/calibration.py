@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pyruntime.checkpoint.files import io_error
-from pyruntime.checkpoint.strict_json import parse, read_bytes
+from pyruntime.checkpoint.strict_json import read_bytes
+from pyruntime.engine.texts import read_texts
 from pyruntime.engine.tokenizer import MAX_FILE_BYTES as MAX_TOKENIZER_BYTES
 from pyruntime.engine.tokenizer import Tokenizer
-from pyruntime.errors import CheckpointError, UsageError
+from pyruntime.errors import UsageError
 from pyruntime.plan.likelihood import windows
 
-# far more than any calibration needs; a tokenizer takes a hundred times a text's size while it encodes
-MAX_FILE_BYTES: Final = 256 * 2**20
-MAX_TEXT_BYTES: Final = 16 * 2**20
 _LONGEST_DEFAULT: Final = 2048
 
 
@@ -88,75 +84,24 @@ def read_calibration(
     Raises UsageError TEXT for a file that is empty, holds a single token, is larger than 256 MiB or has a text of more
     than 16 MiB in it, RunError IO, CheckpointError TOKENIZER.
     """
-    data = _read(path)
-    texts = list(_texts(path, data, options.separate))
+    file = read_texts(path, by_line=options.separate)
     tokenizer = Tokenizer(folder)
     length = min(_LONGEST_DEFAULT, max_position) if options.seq_len is None else options.seq_len
     if length > max_position:
         raise UsageError("TEXT", f"seq_len is {length}; the model holds {max_position} tokens")
     cut = _separate if options.separate else _windows
-    sequences = cut(texts, tokenizer, length, options)
+    sequences = cut(file.texts, tokenizer, length, options)
     heads = _num_special(tokenizer)
     if sum(max(0, len(sequence) - heads) for sequence in sequences) < 2:
         raise UsageError("TEXT", f"{path.name} holds fewer than two tokens of text; scores need some thousands")
     table = read_bytes(folder / "tokenizer.json", "TOKENIZER", MAX_TOKENIZER_BYTES)
     return Calibration(
         sequences=tuple(map(tuple, sequences)),
-        source=path.name,
-        text_sha256=hashlib.sha256(data).hexdigest(),
+        source=file.name,
+        text_sha256=file.sha256,
         tokenizer_sha256=hashlib.sha256(table).hexdigest(),
         seed=options.seed,
     )
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise UsageError("TEXT", f"{path} is no file; expected a text file, or .jsonl of records with a text")
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise UsageError("TEXT", f"{path.name} has {size} bytes; at most {MAX_FILE_BYTES} are read: cut it")
-            data = file.read()
-    except OSError as error:
-        raise io_error(f"cannot read {path}", error) from None
-    if not data.strip():
-        raise UsageError("TEXT", f"{path.name} is empty; expected text to score on")
-    return data
-
-
-def _texts(path: Path, data: bytes, separate: bool) -> Iterator[str]:
-    """The texts in a file that are not empty."""
-    records = path.suffix == ".jsonl"
-    for number, piece in enumerate(data.split(b"\n") if records or separate else [data], 1):
-        where = f"{path.name} line {number}" if records or separate else path.name
-        if len(piece) > MAX_TEXT_BYTES:
-            raise UsageError(
-                "TEXT", f"{where} has {len(piece)} bytes; texts of at most {MAX_TEXT_BYTES} are read: cut it"
-            )
-        if not piece.strip():
-            continue
-        text = _record(piece, where) if records else _decoded(piece, where)
-        if text.strip():
-            yield text
-
-
-def _record(line: bytes, where: str) -> str:
-    try:
-        value = parse(line, where, "TEXT")
-    except CheckpointError as error:
-        raise UsageError("TEXT", str(error)) from None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise UsageError("TEXT", f'{where} has no text; expected {{"text": "..."}}')
-    return text
-
-
-def _decoded(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError("TEXT", f"{where} is not UTF-8 text (byte {error.start})") from None
 
 
 def _num_special(tokenizer: Tokenizer) -> int:

@@ -10,7 +10,8 @@ from pyruntime.checkpoint import Model
 from pyruntime.errors import UsageError
 from pyruntime.passes import drop
 from pyruntime.prune.calibration import Calibration
-from pyruntime.prune.score import Progress, ScoreOptions, loss_without, score
+from pyruntime.prune.identity import plan_of
+from pyruntime.prune.score import Progress, ScoreOptions, lowered_without, mean_loss, score
 from pyruntime.prune.scores import PERPLEXITY, Scores
 from pyruntime.prune.select import (
     Pick,
@@ -49,6 +50,8 @@ def select_iteratively(
     """
     if selection.speedup is not None:
         raise UsageError("SELECT", "iterative with speedup; a speed is chosen for by one-shot scores")
+    # runs are not looked at; what cannot be measured so is refused here
+    options = replace(options, metrics=(selection.metric,), runs=())
     spec, picks = model.spec, list[Pick]()
     total, met = len(candidates(spec, selection.kinds)), selection.met(model.spec)
     while len(picks) < total and not met(picks):
@@ -75,8 +78,7 @@ def _next(
     left = drop(model, gone) if picks else model
     if selection.metric == PERPLEXITY:
         return _least_loss(left, calibration, selection, options, progress)
-    # runs are not looked at
-    scores = score(left, calibration, replace(options, metrics=(selection.metric,), runs=()), progress=progress)
+    scores = score(left, calibration, options, progress=progress)
     return ranking(left.spec, scores, selection)[0]
 
 
@@ -87,8 +89,8 @@ def _least_loss(
     how: dict[str, Any] = {"dtype": options.dtype, "target": options.target, "device": options.device}
     found = []
     for number, (kind, i) in enumerate(places, 1):
-        plan = plan_for([Pick(kind, i, 0.0)], "")
-        found.append(Pick(kind, i, loss_without(model, plan, calibration.sequences, how)))
+        plan = lowered_without(model, plan_of(kind, i), how)
+        found.append(Pick(kind, i, mean_loss(plan, calibration.sequences)))
         if progress is not None:
             progress(number * calibration.num_tokens, len(places) * calibration.num_tokens)
     # the first of equals
@@ -100,7 +102,8 @@ def select_for_speedup(
 ) -> DropPlan:
     """Drop what costs least score per second saved, until a decode step is `speedup` times as fast as now.
 
-    Then take back what the last picks made superfluous, and put smaller ones in their place where that loses less.
+    What costs nothing, or helps by being gone (a score of 0 or less), is dropped before, whatever the speed. At the end
+    take back what the last picks made superfluous, and put smaller ones in their place where that loses less.
     Raises UsageError SELECT, naming the best that can be reached.
     """
     if selection.speedup is None:
@@ -114,7 +117,9 @@ def select_for_speedup(
     limit = now / selection.speedup * (1 + _ROUNDING)
     ranked = ranking(spec, scores, selection)
     saved = {pick: now - seconds([pick]) for pick in ranked}
-    useful = sorted((pick for pick in ranked if saved[pick] > 0), key=lambda pick: pick.score / saved[pick])
+    free = [pick for pick in ranked if saved[pick] > 0 and pick.score <= 0]
+    rest = [pick for pick in ranked if saved[pick] > 0 and pick.score > 0]
+    useful = free + sorted(rest, key=lambda pick: pick.score / saved[pick])
     fastest = seconds(useful)
     if fastest > limit:
         raise UsageError(
@@ -124,7 +129,7 @@ def select_for_speedup(
         )
     if now <= limit:
         raise UsageError("SELECT", f"speedup is {selection.speedup}; expected more than 1")
-    picks = _enough(useful, saved, now - limit)
+    picks = free + _enough(useful[len(free) :], saved, now - limit - sum(saved[pick] for pick in free))
     # savings add up but for the seams of fused nodes
     while seconds(picks) > limit:
         picks.append(next(pick for pick in useful if pick not in picks))

@@ -24,6 +24,8 @@ _CURVES: Final = {
     "mlp": ("#D55E00", "s", "MLP"),
     "block": ("#666666", "^", "whole layer"),
 }
+# where the largest is so many times the smallest, the axis is logarithmic and has two labels or more
+_LOG_FROM: Final = 5
 
 
 def check_plot(path: Path) -> None:
@@ -68,12 +70,15 @@ def _draw(axes: Any, scores: Scores, metric: str) -> None:
     axes.set_ylabel(_NAMES[metric], fontsize=8)
     axes.set_xlim(-0.5, scores.num_layers - 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    shown = [value for kind in scores.values[metric].values() for value in kind if value is not None]
     # the first layers often stand far above the others
-    if min((v for kind in scores.values[metric].values() for v in kind if v is not None), default=0.0) > 0:
+    if shown and 0 < _LOG_FROM * min(shown) <= max(shown):
         axes.set_yscale("log")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(lambda value, _: f"{value:.2g}")
-        axes.tick_params(axis="y", which="both", labelsize=7)
+        axes.yaxis.set_major_locator(_matplotlib().ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+        # labels between these would lie one on the other
+        axes.yaxis.set_minor_formatter(_matplotlib().ticker.NullFormatter())
+    axes.tick_params(axis="y", labelsize=7)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -83,6 +88,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib
         import matplotlib.figure
+        import matplotlib.ticker
     except ImportError as error:
         raise UsageError("PLOT", f"matplotlib is missing ({error}); pip install 'pyruntime-llm[plot]'") from None
     return matplotlib

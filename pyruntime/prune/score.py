@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pyruntime.engine.memory import available_memory, check_memory
 from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.graph import build, fuse
 from pyruntime.passes import drop
-from pyruntime.plan import DTYPES, lower
+from pyruntime.plan import DTYPES, TARGETS, Plan, lower
 from pyruntime.plan.likelihood import negative_log_likelihood
 from pyruntime.prune.calibration import Calibration
 from pyruntime.prune.identity import KINDS, is_droppable, model_identity, not_droppable, plan_of
@@ -164,8 +165,7 @@ class _Work:
             data = read_object(self._partial, "SCORES", MAX_BYTES)
             same = data.get("format") == _PARTIAL and data.get("key") == self._key()
             if same:
-                self.losses = {name: float.fromhex(text) for name, text in data["losses"].items()}
-                self.statistics.restore(data["statistics"])
+                self._restore(data)
         except (CheckpointError, ValueError, KeyError, TypeError, AttributeError):
             same = False
         if not same:
@@ -173,11 +173,21 @@ class _Work:
             return
         self.advance(self.statistics.num_tokens + len(self.losses) * self.calibration.num_tokens)
 
+    def _restore(self, data: Mapping[str, Any]) -> None:
+        losses = {name: float.fromhex(text) for name, text in data["losses"].items()}
+        if not losses.keys() <= {name for name, _ in self.candidates()} or not all(map(math.isfinite, losses.values())):
+            raise ValueError("losses of something else")
+        if data["target"] not in TARGETS:
+            raise ValueError("another target")
+        self.statistics.restore(data["statistics"], [len(each) for each in self.calibration.sequences])
+        self.losses, self.target = losses, data["target"]
+
     def save(self) -> None:
         """Save what is done."""
         if self._partial is not None:
             losses = {name: value.hex() for name, value in self.losses.items()}
-            data = {"format": _PARTIAL, "key": self._key(), "statistics": self.statistics.to_json(), "losses": losses}
+            done = {"statistics": self.statistics.to_json(), "losses": losses, "target": self.target}
+            data = {"format": _PARTIAL, "key": self._key(), **done}
             write_text(self._partial, json.dumps(data) + "\n")
 
     def _key(self) -> str:
@@ -268,19 +278,19 @@ def _perplexities(work: _Work) -> None:
         if name in work.losses:
             continue
         how = {"dtype": options.dtype, "target": options.target, "device": options.device}
-        work.losses[name] = loss_without(work.model, plan, work.calibration.sequences, how, work.advance)
+        plan_without = lowered_without(work.model, plan, how)
+        work.target = plan_without.target
+        work.losses[name] = mean_loss(plan_without, work.calibration.sequences, work.advance)
         work.save()
 
 
-def loss_without(
-    model: Model,
-    plan: DropPlan,
-    sequences: Sequence[Sequence[int]],
-    how: Mapping[str, Any],
-    progress: Callable[[int], None] | None = None,
-) -> float:
-    """Nats per token of the model without what `plan` names; `how` are target, dtype and device of `lower`."""
-    left = drop(model, plan) if plan else model
-    lowered = lower(fuse(build(left.spec)), left, **how)
-    nll, num_tokens = negative_log_likelihood(lowered, sequences, progress)
+def lowered_without(model: Model, gone: DropPlan, how: Mapping[str, Any]) -> Plan:
+    """The plan of the model without what `gone` names; `how` are target, dtype and device of `lower`."""
+    left = drop(model, gone) if gone else model
+    return lower(fuse(build(left.spec)), left, **how)
+
+
+def mean_loss(plan: Plan, sequences: Sequence[Sequence[int]], progress: Callable[[int], None] | None = None) -> float:
+    """Nats per token. Raises RunError NUMERICS where they are no number."""
+    nll, num_tokens = negative_log_likelihood(plan, sequences, progress)
     return nll / num_tokens

@@ -106,6 +106,11 @@ class Selection:
         """Whether the choice looks at a file of scores: rules and iterative choices do not."""
         return self.metric not in RULES and self.method in ("one-shot", "consecutive")
 
+    @property
+    def measures(self) -> bool:
+        """Whether the choice rests on something measured: rules do not."""
+        return self.needs_scores or self.method == "iterative"
+
     def context_of(self, spec: ModelSpec) -> int:
         """Tokens before the new one. Raises UsageError CONTEXT for more than the model holds."""
         return decode_context(spec, self.context)

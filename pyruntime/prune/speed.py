@@ -33,15 +33,15 @@ def decode_seconds(spec: ModelSpec, batch: int, context: int, itemsize: int, mac
     `batch` sequences have `context` tokens each before the new one; values take `itemsize` bytes.
     """
     nodes = fuse(build(spec)).nodes
-    costs = cost_of(nodes, [SequenceWork(context, 1)] * batch, itemsize)
+    costs = cost_of(nodes, [SequenceWork(context, 1)], itemsize, copies=batch)
     bound = sum(max(c.num_bytes / machine.read_bandwidth, c.flops / machine.multiply_rate) for c in costs.values())
     return bound + machine.node_seconds * len(nodes)
 
 
 def decode_cost(spec: ModelSpec, batch: int, context: int, itemsize: int) -> Cost:
     """Bytes and operations of that step."""
-    work = [SequenceWork(context, 1)] * batch
-    return sum(cost_of(fuse(build(spec)).nodes, work, itemsize).values(), Cost())
+    nodes = fuse(build(spec)).nodes
+    return sum(cost_of(nodes, [SequenceWork(context, 1)], itemsize, copies=batch).values(), Cost())
 
 
 def kv_bytes(spec: ModelSpec, batch: int, context: int, itemsize: int) -> int:

@@ -110,14 +110,22 @@ class Statistics:
         sums = {name: [each.hex() for each in values] for name, values in self._sums.items()}
         return {"num_seqs": self.num_seqs, "num_tokens": self.num_tokens, "sums": sums}
 
-    def restore(self, data: Mapping[str, Any]) -> None:
-        """Go on from what `to_json` gave. Raises ValueError, KeyError or TypeError for anything else."""
+    def restore(self, data: Mapping[str, Any], lengths: Sequence[int]) -> None:
+        """Go on from what `to_json` gave, for sequences of `lengths` tokens.
+
+        Raises ValueError, KeyError or TypeError for anything else.
+        """
         sums: Mapping[str, Sequence[str]] = data["sums"]
         found = {name: [float.fromhex(each) for each in sums[name]] for name in self._sums}
         if any(len(found[name]) != len(values) for name, values in self._sums.items()):
             raise ValueError("another number of layers")
+        if not all(math.isfinite(each) for values in found.values() for each in values):
+            raise ValueError("a sum that is not finite")
+        num_seqs, num_tokens = data["num_seqs"], data["num_tokens"]
+        if type(num_seqs) is not int or not 0 <= num_seqs <= len(lengths) or num_tokens != sum(lengths[:num_seqs]):
+            raise ValueError("sums of other sequences")
         self._sums = found
-        self.num_seqs, self.num_tokens = int(data["num_seqs"]), int(data["num_tokens"])
+        self.num_seqs, self.num_tokens = num_seqs, sum(lengths[:num_seqs])
 
 
 def _cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from pyruntime.checkpoint import Model, read_model
 from pyruntime.cli.inspect import inspect
 from pyruntime.engine.load import DropOptions, read_pruned
 from pyruntime.passes import drop
-from pyruntime.spec import DropPlan
+from pyruntime.spec import Cached, DropPlan
+from tests import specs
 from tests.checkpoint.dialects.tiny import LINEAR, attention, config_of, hf_name, mlp, spec_of, write
 
 
@@ -179,3 +181,26 @@ def test_a_fused_tensor_of_a_dropped_sublayer_counts_once(tmp_path: Path) -> Non
     save_file(tensors, folder / "model.safetensors")
     # queries of 64, keys and values of 32 each, an output map and a norm
     assert read_model(folder).unread_bytes == (128 * 64 + 64 * 64 + 64) * 4
+
+
+def test_rewritten_parts_have_a_line_each() -> None:
+    merged = replace(specs.ATTENTION, q=None, o=None)
+    spec = specs.model_of(
+        [
+            (replace(specs.ATTENTION, q=None, k=None, v=None, pre=None, table=True), specs.PLAIN_MLP, False),
+            (merged, specs.PLAIN_MLP, False),
+            (replace(merged, o=specs.tri(specs.D)), specs.PLAIN_MLP, False),
+            (specs.pivoted(specs.ATTENTION), specs.PLAIN_MLP, False),
+            (replace(specs.ATTENTION, cached=Cached.INPUTS), specs.PLAIN_MLP, False),
+        ]
+    )
+    model = specs.random_model(spec)
+    assert facts_of(model)["forms"] == {
+        "merged away": "q of 2 attentions, o of 1 attention",
+        "column map": "1 attention with columns of the input as q, k, v",
+        "triangular": "1 map",
+        "table": "attention 0: a row of q, k, v for each token",
+        "slim cache": "inputs only, 1 attention",
+    }
+    assert starting(model, "merged away") == ["q of 2 attentions, o of 1 attention"]
+    assert facts_of(specs.random_model(specs.model_of([(specs.ATTENTION, specs.PLAIN_MLP, False)])))["forms"] == {}

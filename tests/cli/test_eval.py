@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pyruntime.cli.evaluate_options import command_line
+from pyruntime.cli.evaluate_table import _copy_rows
 from pyruntime.cli.main import run
 from pyruntime.spec import DropPlan
 from tests.generation import byte_level_bpe
@@ -111,12 +114,25 @@ def test_people_read_a_table(capsys: Capture, text_model: TextModel, files: tupl
 
 USAGE: dict[str, tuple[list[object], str]] = {
     "nothing": ([], "EVAL]: nothing is to be measured"),
-    "no text": (["--text", "no-such.txt"], "TEXT]: no-such.txt is missing"),
-    "no task": (["--tasks", "no-such.jsonl"], "TASK]: no-such.jsonl is missing"),
+    "no text": (["--text", "no-such.txt"], "TEXT]: no-such.txt is no file"),
+    "no task": (["--tasks", "no-such.jsonl"], "TASK]: no-such.jsonl is no file"),
     "twice": (["--tasks", "a/x.jsonl,b/x.jsonl"], "TASK]: two tasks are called 'x'"),
     "window": (["--text", "TEXT", "--window", 65], "TEXT]: the window is 65 tokens; expected 2 to 64"),
     "stride": (["--text", "TEXT", "--stride", 64], "TEXT]: stride is 64; expected 1 to 63"),
     "layer": (["--text", "TEXT", "--drop-attn", 9], "DROP]: layer 9 does not exist"),
+    "over the text": (["--text", "TEXT", "-o", "TEXT"], "OUTPUT]"),
+    "over a task": (["--tasks", "TASK", "-o", "TASK"], "OUTPUT]"),
+    "in the model": (["--text", "TEXT", "-o", "MODEL/config.json"], "OUTPUT]"),
+    "cache in the model": (["--text", "TEXT", "--dense", "MODEL", "--cache", "MODEL/cache"], "OUTPUT]"),
+    "cache alone": (["--text", "TEXT", "--cache", "c"], "EVAL]: --cache was given without --dense"),
+    "cache without text": (["--tasks", "TASK", "--dense", "MODEL", "--cache", "c"], "--cache was given without --text"),
+    "limit": (["--text", "TEXT", "--limit", 3], "EVAL]: --limit was given without --tasks"),
+    "shots": (["--tasks", "TASK", "--num-fewshot", 3], "EVAL]: --num-fewshot was given without"),
+    "include": (["--tasks", "TASK", "--include-path", "."], "EVAL]: --include-path was given without"),
+    "window alone": (["--tasks", "TASK", "--window", 30], "EVAL]: --window was given without --text"),
+    "bos alone": (["--tasks", "TASK", "--no-bos"], "EVAL]: --bos was given without --text"),
+    "stride alone": (["--long-context", "--stride", 30], "EVAL]: --stride was given without --text"),
+    "characters alone": (["--long-context", "--max-chars", 30], "EVAL]: --max-chars was given without --text"),
 }
 
 
@@ -125,11 +141,69 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     capsys: Capture, text_model: TextModel, files: tuple[Path, Path], case: str
 ) -> None:
     arguments, message = USAGE[case]
-    words = [str(files[0]) if each == "TEXT" else str(each) for each in arguments]
+    names = {"TEXT": files[0], "TASK": files[1], "MODEL": text_model[0]}
+    words = [str(each) for each in arguments]
+    for name, path in names.items():
+        words = [word.replace(name, str(path)) for word in words]
+    before = [path.read_bytes() for path in files]
     assert run(["eval", str(text_model[0]), *words]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_the_cache_reads_the_dense_model_as_the_command_says(
+    capsys: Capture, text_model: TextModel, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(text_model[0], tmp_path / "unknown")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quaint_key": 1}))
+    command = ["eval", folder, "--text", files[0], "--dense", folder, "--ignore-config-keys", "quaint_key", "--json"]
+    report = json.loads(succeed(capsys, *command, "--cache", tmp_path / "cache"))
+    assert report["dense"]["divergence"]["kl_mean"] < 1e-6
+
+
+def test_tasks_that_are_not_there_are_said_before_anything_runs(
+    capsys: Capture, text_model: TextModel, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as where the extra is not installed
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "pyruntime.integrations.lm_eval", raising=False)
+    monkeypatch.setattr("pyruntime.cli.evaluate.load", None)
+    assert run(["eval", str(text_model[0]), "--text", str(files[0]), "--tasks", "piqa"]) == 2
+    assert "LM_EVAL]: tasks piqa need lm-eval" in capsys.readouterr().err
+
+
+def test_a_report_says_where_nothing_lies(capsys: Capture, text_model: TextModel, files: tuple[Path, Path]) -> None:
+    report = json.loads(succeed(capsys, "eval", text_model[0], f"--text={files[0]}", "--json"))
+    assert report["model"]["model"] == text_model[0].name
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("/a/b/model", "model"),
+        ("--text=/a/b/c.txt", "--text=c.txt"),
+        ("--tasks=/a/x.jsonl,piqa,/b/y.jsonl", "--tasks=x.jsonl,piqa,y.jsonl"),
+        ("/a/x.jsonl,/b/y.jsonl", "x.jsonl,y.jsonl"),
+        ("-o/a/b/r.json", "-or.json"),
+        ("--drop-attn=1,8", "--drop-attn=1,8"),
+        ("org/model", "org/model"),
+    ],
+)
+def test_the_command_of_a_report_names_no_folder(monkeypatch: pytest.MonkeyPatch, word: str, kept: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["pyruntime", "eval", word])
+    assert command_line() == ["pyruntime", "eval", kept]
+
+
+def test_the_table_shows_what_is_left_of_a_gain() -> None:
+    # the second distance: the dense model gains nothing, so that no part of it is left
+    lines = [{"distance": each, "gain_nats": 2.0, "gain_nats_stderr": 0.1} for each in (16, 64)]
+    kept = [{"distance": 16, "gain_kept": 0.625}, {"distance": 64, "gain_kept": None}]
+    report = {"model": {"copying": lines}, "dense": {"copying": lines}, "change": {"copying": kept}}
+    assert [row[-1] for row in _copy_rows(report)] == ["62.5% kept", ""]
+    assert [row[-1] for row in _copy_rows({"model": {"copying": lines}})] == ["", ""]
 
 
 def test_a_dense_model_with_other_tokens_is_refused(

@@ -106,7 +106,8 @@ def test_auto_falls_back_layer_by_layer(tmp_path: Path, capsys: Capture) -> None
     weights["layers.1.attention.q.weight"][:, 2] = 0.0
     source, out = write(tmp_path, weights=weights), tmp_path / "out"
     facts = facts_of(capsys, source, out, "--kind", "auto")
-    assert [row["entry"] for row in facts["layers"]] == ["q", "pivoted", "q"]
+    assert facts["layers"][1]["entry"] == "pivoted"
+    assert "condition number" in facts["layers"][1]["notes"][0]
     assert difference(source, out) < 1e-4
 
 
@@ -117,7 +118,8 @@ def test_the_store_dtype_is_what_is_written(tmp_path: Path, capsys: Capture) -> 
     merged = read_model(out)
     assert merged.dtype == "bfloat16"
     assert {weight.read().dtype for weight in merged.weights.values()} == {torch.bfloat16}
-    assert facts["weight_bytes_saved"] == read_model(source).weight_bytes - merged.weight_bytes
+    # not what float32 was narrowed by
+    assert facts["weight_bytes_saved"] == 2 * (read_model(source).num_values - merged.num_values)
 
 
 def test_a_norm_makes_triangular_maps(tmp_path: Path, capsys: Capture) -> None:
@@ -135,6 +137,36 @@ def test_ordinary_models_are_refused_with_the_layer_and_a_way_out(
     err = capsys.readouterr().err
     assert "layer 0" in err and "residual" in err and "pyruntime fold" in err
     assert not out.exists()
+
+
+def test_a_target_that_cannot_be_written_is_found_before_the_work(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path)
+    (tmp_path / "there").mkdir()
+
+    def never(*arguments: object) -> Any:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr("pyruntime.cli.merge.merge_model", never)
+    for out in (source, source / "inside", tmp_path / "there"):
+        assert merge(source, out) == 2
+        assert "error[OUTPUT]" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there"]
+
+
+@pytest.mark.parametrize("shrink", [1.0, 0.01])
+def test_norms_that_others_cancel_are_measured_on_the_stream(tmp_path: Path, capsys: Capture, shrink: float) -> None:
+    heads: dict[str, Any] = {f"{role}_norm": rms(6, eps=1e-9) for role in "qkv"}
+    spec = skipless([(attention(pre=rms(24), **heads), mlp())] * 3)
+    weights = weights_of(spec)
+    for index in range(3):
+        weights[f"layers.{index}.mlp.up.weight"] *= shrink
+    source, out = write(tmp_path, spec, weights), tmp_path / "out"
+    status = merge(source, out, "--kind", "q", "--dtype", "float32", "--gate", "refuse")
+    # float32 allows a change by 1e-6; a stream a hundredth as large lets the epsilon count ten thousand times as much
+    assert status == (0 if shrink == 1.0 else 4)
+    assert ("epsilon" in capsys.readouterr().err) == (shrink != 1.0)
 
 
 def test_memory_is_bounded_beforehand(tmp_path: Path, capsys: Capture) -> None:

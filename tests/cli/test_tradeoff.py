@@ -45,14 +45,22 @@ def test_every_point_is_the_model_without_what_it_says(capsys: Capture, text_mod
     assert run(command(text_model, text, *more)) == 0
     out = capsys.readouterr().out
     points = json.loads(out)
+    # what drops nothing is one model, timed once
     assert [(each["target"], each["num_dropped"]) for each in points] == [
-        (target, count) for target in ("attn", "mlp", "block", "joint") for count in range(4)
+        ("dense", 0),
+        *((target, count) for target in ("attn", "mlp", "block", "joint") for count in range(1, 4)),
     ]
     dense = make_plan(text_model[0])
     case = decode_case(2, 20)
     for each in points:
         attention, mlp = each["drop_attn_list"], each["drop_mlp_list"]
-        sizes = {"attn": len(attention), "mlp": len(mlp), "block": len(attention), "joint": len(attention + mlp)}
+        sizes = {
+            "dense": len(attention + mlp),
+            "attn": len(attention),
+            "mlp": len(mlp),
+            "block": len(attention),
+            "joint": len(attention + mlp),
+        }
         assert sizes[each["target"]] == each["num_dropped"]
         plan = DropPlan(tuple(attention), tuple(mlp))
         assert each["perplexity"] == pytest.approx(perplexity(without(text_model[1], plan)), rel=1e-4)
@@ -110,6 +118,58 @@ def test_tasks_pictures_and_a_table(capsys: Capture, text_model: TextModel, text
     assert "acc_words" in (folder / "tradeoff.csv").read_text().splitlines()[0]
 
 
+@pytest.mark.parametrize(("counts", "first"), [("50", 50), ("0,1,14,60", 14), ("0-20", 9)])
+def test_more_than_any_target_has_is_refused_before_weights_are_read(
+    capsys: Capture, text_model: TextModel, text: Path, monkeypatch: pytest.MonkeyPatch, counts: str, first: int
+) -> None:
+    monkeypatch.setattr("pyruntime.cli.tradeoff.load", None)
+    assert run(command(text_model, text, "--drop-n", counts, "--no-plot")) == 2
+    assert f"SELECT]: --drop-n has {first}; at most 8 can be dropped" in capsys.readouterr().err
+
+
+def test_points_that_a_target_does_not_have_are_said(capsys: Capture, text_model: TextModel, text: Path) -> None:
+    assert run(command(text_model, text, "--drop-n", "1,5", "--target-layer", "mlp,joint", "--no-plot", "--json")) == 0
+    out, err = capsys.readouterr()
+    assert [(each["target"], each["num_dropped"]) for each in json.loads(out)] == [
+        ("mlp", 1),
+        ("joint", 1),
+        ("joint", 5),
+    ]
+    assert err == "left out: mlp 5 (it has 4)\n"
+
+
+def test_without_a_text_the_packages_own_is_taken_and_named(capsys: Capture, text_model: TextModel, text: Path) -> None:
+    words = command(text_model, text, "--drop-n", "0", "--no-plot", "--json", "--max-chars", 300)
+    del words[words.index("--text") : words.index("--text") + 2]
+    assert run(words) == 0
+    assert capsys.readouterr().err == "no --text: default_text.txt is taken, which comes with pyruntime\n"
+    assert json.loads((text.parent / "report" / "tradeoff.json").read_text())["text"] == "default_text.txt"
+
+
+def test_a_report_of_something_else_is_kept(capsys: Capture, text_model: TextModel, text: Path) -> None:
+    arguments = command(text_model, text, "--drop-n", "0", "--no-plot")
+    assert run(arguments) == 0
+    report = text.parent / "report" / "tradeoff.json"
+    before = report.read_bytes()
+    capsys.readouterr()
+    assert run([*arguments, "--batch-size", "3"]) == 2
+    assert "OUTPUT]" in (err := capsys.readouterr().err) and "choose another folder, or remove it" in err
+    assert report.read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["model", "text"])
+def test_a_report_overwrites_nothing_that_is_read(
+    capsys: Capture, text_model: TextModel, tmp_path: Path, where: str
+) -> None:
+    text = tmp_path / "tradeoff.csv"
+    text.write_text(WORDS)
+    folder = text_model[0] if where == "model" else tmp_path
+    assert run(["tradeoff", str(text_model[0]), "--text", str(text), "-o", str(folder), "--no-plot"]) == 2
+    assert "OUTPUT]" in capsys.readouterr().err
+    assert text.read_text() == WORDS
+    assert not (text_model[0] / "tradeoff.json").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -119,6 +179,8 @@ def test_tasks_pictures_and_a_table(capsys: Capture, text_model: TextModel, text
         (["--tasks", "piqa"], "TASK]: tasks piqa are lm-eval's"),
         (["--scores", "no-such.json"], "no-such.json is missing"),
         (["--max-chars", 1], "no token to predict"),
+        (["--limit", 1], "EVAL]: --limit was given without --tasks"),
+        (["--scores", "s.json", "--calib", "c.txt"], "EVAL]: --calib was given without scoring"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -133,18 +134,33 @@ def test_another_model_text_or_setting_has_a_cache_of_its_own(make_llama: MakeLl
         assert not LogitsCache(tmp_path, key, texts).is_complete
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "index"])
+@pytest.mark.parametrize("harm", ["cut", "gone", "flipped", "version", "order", "list", "text", "nothing"])
 def test_a_cache_that_was_changed_is_refused(make_llama: MakeLlama, tmp_path: Path, harm: str) -> None:
     plan, texts = make_plan(make_llama()[0]), windows(20)
     cache = LogitsCache(tmp_path, {}, texts)
     taken(cache, plan)
     (shard,), (index,) = tmp_path.glob("*/*.safetensors"), tmp_path.glob("*/index.json")
+    data, about = shard.read_bytes(), json.loads(index.read_text())
     match harm:
         case "cut":
-            shard.write_bytes(shard.read_bytes()[:-9])
+            shard.write_bytes(data[:-9])
         case "gone":
             shard.unlink()
-        case "index":
-            index.write_text(index.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises((CheckpointError, RunError), match=r"remove|cannot read"):
+        case "flipped":
+            # a logit
+            shard.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        case "version":
+            index.write_text(json.dumps(about | {"version": 1}))
+        case "order":
+            about["shards"][0]["rows"][0] = [0, 2]
+            index.write_text(json.dumps(about))
+        case "list":
+            index.write_text(json.dumps(about | {"shards": 3}))
+        case "text":
+            index.write_text("{")
+        case "nothing":
+            del about["shards"]
+            index.write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="remove") as caught:
         taken(cache, None)
+    assert caught.value.code == "CACHE"

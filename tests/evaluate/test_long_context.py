@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,27 @@ def test_a_context_that_holds_no_copy_is_refused() -> None:
     with pytest.raises(UsageError, match="31 tokens is too short"):
         copy_probe(50, 31, bos=None)
     assert copy_probe(50, 32, bos=None).distances == (16,)
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused() -> None:
+    with pytest.raises(UsageError, match="each of the 50 tokens is special") as caught:
+        copy_probe(50, 100, bos=None, avoid=list(range(60)))
+    assert caught.value.code == "PROBE"
+
+
+def test_special_tokens_are_looked_up_once() -> None:
+    class Counted(list[int]):
+        """A list that says how often it was walked through."""
+
+        walks = 0
+
+        def __iter__(self) -> Iterator[int]:
+            self.walks += 1
+            return super().__iter__()
+
+    avoid = Counted([1, 2])
+    copy_probe(1000, 100, bos=None, avoid=avoid)
+    assert avoid.walks == 1
 
 
 def test_losses_equal_transformers(make_llama: MakeLlama) -> None:

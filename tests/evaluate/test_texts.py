@@ -58,7 +58,8 @@ def test_the_hash_tells_where_a_document_ends(tmp_path: Path) -> None:
         ("a.txt", b"abc\xff", "is not UTF-8 at byte 3"),
         ("a.txt", b"", "holds no text"),
         ("a.jsonl", b'{"text": ""}\n', "holds no text"),
-        ("missing.txt", None, "missing.txt is missing"),
+        ("a.jsonl", b'{"text": " "}\n', "holds no text"),
+        ("missing.txt", None, "missing.txt is no file"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pyruntime.evaluate.plot import save_tradeoff
+from pyruntime.errors import UsageError
+from pyruntime.evaluate.plot import save_tradeoff, x_limits
 from pyruntime.evaluate.tradeoff import Point, TradeoffReport, as_csv, gamma
-from pyruntime.spec import DropPlan
 
 ABOUT = {"key": "k", "model": "m"}
 
@@ -46,10 +46,9 @@ def point(target: str, count: int, speedup: float, perplexity: float, **more: An
 
 
 POINTS = [
-    point("attn", 0, 1.0, 20.0),
+    point("dense", 0, 1.0, 20.0),
     point("attn", 2, 1.1, 20.4),
     point("attn", 4, 1.25, 22.0),
-    point("mlp", 0, 1.0, 20.0),
     point("mlp", 2, 1.05, 24.0),
     point("mlp", 4, 1.2, 500.0),
     point("block", 2, 1.2, 30.0),
@@ -87,9 +86,9 @@ def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path: Path) -> None
     # killed here; the next run asks for other points first
     second = TradeoffReport(tmp_path, ABOUT)
     assert second.known(POINTS[2].plan) == POINTS[2]
-    second.add(POINTS[4])
+    second.add(POINTS[3])
     third = TradeoffReport(tmp_path, ABOUT)
-    assert [third.known(each.plan) for each in (*POINTS[:3], POINTS[4])] == [*POINTS[:3], POINTS[4]]
+    assert [third.known(each.plan) for each in POINTS[:4]] == POINTS[:4]
     third.add(POINTS[1])
     third.finish()
     saved = json.loads((tmp_path / "tradeoff.json").read_text())
@@ -97,19 +96,50 @@ def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path: Path) -> None
     assert saved["points"][0]["gamma_perplexity"] == pytest.approx(2 / 10)
 
 
-def test_points_of_another_model_text_or_setting_are_not_taken(tmp_path: Path) -> None:
-    report = TradeoffReport(tmp_path, ABOUT)
-    report.add(POINTS[1])
-    assert TradeoffReport(tmp_path, {"key": "other"}).known(POINTS[1].plan) is None
+def test_a_report_of_another_model_text_or_setting_is_refused(tmp_path: Path) -> None:
+    TradeoffReport(tmp_path, ABOUT).add(POINTS[1])
+    with pytest.raises(UsageError, match=r"holds a report of .*; choose another folder, or remove it") as caught:
+        TradeoffReport(tmp_path, {"key": "other"})
+    assert caught.value.code == "OUTPUT"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "pyruntime-tradeoff", "version": 1, "key": "k"}'])
-def test_a_file_that_is_no_report_is_written_anew(tmp_path: Path, content: str) -> None:
-    (tmp_path / "tradeoff.json").write_text(content)
-    report = TradeoffReport(tmp_path, ABOUT)
-    assert report.known(DropPlan()) is None
-    report.add(POINTS[0])
-    assert TradeoffReport(tmp_path, ABOUT).known(DropPlan()) == POINTS[0]
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tradeoff.json", content) for content in ("", "{", "[]", '{"format": "pyruntime-tradeoff"}')]
+    + [("tradeoff.csv", "a,b"), ("tradeoff.svg", "<svg/>")],
+)
+def test_a_foreign_file_is_refused_and_kept(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=f"{name}.*; choose another folder, or remove it"):
+        TradeoffReport(tmp_path, ABOUT)
+    assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("speedup", "'fast'"),
+        ("speedup", "1e999"),
+        ("speedup", "true"),
+        ("perplexity", "null"),
+        ("num_dropped", "1.5"),
+        ("num_dropped", "-1"),
+        ("drop_attn_list", "[-1]"),
+        ("drop_attn_list", '"01"'),
+        ("drop_mlp_list", "3"),
+        ("tasks", "[]"),
+        ("tasks", '{"a": "b"}'),
+        ("target", "3"),
+    ],
+)
+def test_points_with_other_values_than_were_written_are_refused(tmp_path: Path, name: str, value: str) -> None:
+    TradeoffReport(tmp_path, ABOUT).add(POINTS[1])
+    path = tmp_path / "tradeoff.json"
+    whole = json.loads(path.read_text())
+    whole["points"][0][name] = "HERE"
+    path.write_text(json.dumps(whole).replace('"HERE"', value.replace("'", '"')))
+    with pytest.raises(UsageError, match=r"tradeoff.json .*choose another folder, or remove it"):
+        TradeoffReport(tmp_path, ABOUT)
 
 
 def test_the_csv_has_a_line_a_point_and_a_column_a_task() -> None:
@@ -119,7 +149,7 @@ def test_the_csv_has_a_line_a_point_and_a_column_a_task() -> None:
     rows = list(csv.DictReader(io.StringIO(as_csv([*tasks, *POINTS[2:]]))))
     assert len(rows) == len(POINTS)
     assert [row["acc_endings"] for row in rows[:3]] == ["0.4", "0.4", ""]
-    assert rows[6]["drop_attn_list"] == rows[6]["drop_mlp_list"] == "0 1"
+    assert rows[5]["drop_attn_list"] == rows[5]["drop_mlp_list"] == "0 1"
     assert float(rows[2]["speedup"]) == 1.25
 
 
@@ -136,6 +166,14 @@ def test_the_picture_names_its_curves_and_what_it_leaves_out(tmp_path: Path) -> 
     # the same points give the same bytes, so that a committed picture changes with its figures alone
     save_tradeoff(POINTS, tmp_path, title="a model", speed="decode, batch 8")
     assert (tmp_path / "tradeoff.svg").read_bytes() == svg
+
+
+def test_a_noisy_point_does_not_squeeze_the_others() -> None:
+    noisy = dataclasses.replace(POINTS[1], speedup_p20=0.2, speedup_p80=9.0)
+    assert x_limits([*POINTS, noisy]) == x_limits(POINTS)
+    low, high = x_limits(POINTS)
+    # all medians, and the line of the dense model
+    assert 0.9 < low < 1.0 and 1.3 < high < 1.5
 
 
 def test_accuracy_has_a_panel_of_its_own(tmp_path: Path) -> None:

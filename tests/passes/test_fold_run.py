@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from pyruntime.passes.fold import (
     tabulate_first_layer,
 )
 from pyruntime.plan import lower
-from pyruntime.spec import Cached
+from pyruntime.spec import Cached, weight_shapes
 from tests.families import VARIANTS, make
 from tests.helpers import TARGETS, all_logits, hf_logits, nmse, relative_error
 from tests.passes import folds
@@ -91,3 +93,20 @@ def test_float32_stays_near_float64(chain: str, target: str) -> None:
     plan = lower(fuse(build(after.spec)), after, dtype="float32", target=target)
     for ids, found in zip(folds.RAGGED, all_logits(plan, folds.RAGGED, 3), strict=True):
         assert relative_error(found, torch.from_numpy(folds.logits(model, ids))) < 1e-4
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_what_is_computed_counts_as_itself(chain: str) -> None:
+    """Not as what it is made of: a table is larger, and several weights share their sources."""
+    model = rewritten(random_model(folds.MODELS["gpt_neox, parallel"], torch.bfloat16), chain)
+    sizes = [math.prod(shape) for shape in weight_shapes(model.spec).values()]
+    assert (model.num_values, model.weight_bytes) == (sum(sizes), 2 * sum(sizes))
+
+
+def test_shared_weights_count_once_in_another_dtype_too() -> None:
+    model = random_model(folds.MODELS["llama"], torch.float32)
+    shared = replace(model, weights={**model.weights, "head.weight": model.weights["embedding.weight"]})
+    assert model.num_values - shared.num_values == math.prod(model.weights["head.weight"].shape)
+    narrow = stored_as(shared, "bfloat16")
+    assert (narrow.num_values, narrow.weight_bytes) == (shared.num_values, shared.weight_bytes // 2)
+    assert narrow.weights["head.weight"] is narrow.weights["embedding.weight"]

@@ -103,3 +103,24 @@ def test_grouped_queries_leave_little_to_save() -> None:
     (note,) = shrink_values(shaped_model(spec)).reports[-1].notes
     assert "8 identity blocks hold 131,072 weights" in note
     assert round(100 * 131_072 / (2 * 4096 * 4096 + 2 * 4096 * 1024), 1) == 0.3
+
+
+@pytest.mark.parametrize("gain, kept", [(1.0, False), (1e5, True)])
+def test_gate_hears_the_gain_of_the_norm_before_it(gain: float, kept: bool) -> None:
+    """What a loud channel writes is a five hundredth of what the new basis of a head rounds."""
+
+    def change(name: str, each: torch.Tensor) -> torch.Tensor:
+        each = each.clone()
+        if name.endswith("attention.pre.weight"):
+            each[5] = gain
+        if name.endswith("v.weight"):
+            each[5::6] *= 0.002
+            each[:, 5] = 0.0
+            # too small to be a column of the basis
+            each[5::6, 5] = 4e-5
+        return each
+
+    model = folds.changed(random_model(SPECS["grouped"]), change)
+    notes = shrink_values(model, dtype="bfloat16").reports[-1].notes
+    # one for each of two layers, or one on the blocks of both
+    assert [("refused in bfloat16 (NMSE" in note) for note in notes] == ([True, True] if kept else [False])

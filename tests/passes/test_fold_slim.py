@@ -13,6 +13,7 @@ from pyruntime.bench.shapes import shape_spec
 from pyruntime.checkpoint import Model
 from pyruntime.errors import UsageError
 from pyruntime.passes.fold import fold_norms, fold_reports, slim
+from pyruntime.passes.fold.gate import judge_inverse
 from pyruntime.spec import Attention, Cached, ModelSpec
 from tests.passes import folds
 from tests.passes.folds import MULTI_HEAD
@@ -164,3 +165,51 @@ def test_what_is_gated_is_what_is_written() -> None:
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     q: torch.Tensor = torch.linalg.qr(matrix.double())[0]
     return q.to(matrix.dtype)
+
+
+def loud(channels: dict[int, float], attention: Attention = MULTI_HEAD) -> Model:
+    """A layer whose pre-norm has these gains, to whose channels values are blind."""
+    model = random_model(model_of([(attention, None, False)]))
+
+    def change(name: str, each: torch.Tensor) -> torch.Tensor:
+        each = _orthogonal(each) if name.endswith("k.weight") else each.clone()
+        for channel, gain in channels.items():
+            if name.endswith("attention.pre.weight"):
+                each[channel] = gain
+            if name.endswith("v.weight"):
+                each[:, channel] = 0.0
+        return each
+
+    return folds.changed(model, change)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_gate_hears_the_gain_of_the_norm_before_it(folded: bool) -> None:
+    """Two loud channels drown the values in the rounding of keys, wherever the gain stands."""
+    model = loud({3: 150.0, 8: -150.0})
+    slimmed = slim(fold_norms(model) if folded else model, Cached.KEYS, dtype="bfloat16")
+    assert attentions(slimmed)[0].cached is Cached.KEYS_VALUES
+    quiet = loud({3: 1.0, 8: -1.0})
+    assert attentions(slim(quiet, Cached.KEYS, dtype="bfloat16"))[0].cached is Cached.KEYS
+
+
+@pytest.mark.parametrize("name", ["k.bias", "pre.bias"])
+def test_gate_hears_what_is_added_before_the_cache(name: str) -> None:
+    attention = replace(MULTI_HEAD, k=lin(D, 24, True), pre=folds.LAYER_NORM)
+    model = folds.changed(loud({}, attention), lambda own, each: each + 1000.0 * own.endswith(name))
+    if name == "pre.bias":
+        # keys carry it, and values would not
+        model = folds.changed(model, lambda own, each: each - each.mean(1, True) if own.endswith("v.weight") else each)
+    assert attentions(slim(model, Cached.KEYS, dtype="bfloat16"))[0].cached is Cached.KEYS_VALUES
+    assert attentions(slim(model, Cached.KEYS, dtype="float32"))[0].cached is Cached.KEYS
+
+
+def test_keys_are_judged_as_the_cache_rounds_them() -> None:
+    """All weights are exact in bfloat16; k = 256 a +- b is not, and v = b is their difference."""
+    key = torch.tensor([[256.0, 1.0], [256.0, -1.0]], dtype=torch.float64)
+    made = torch.tensor([[0.5, -0.5], [0.25, -0.25]], dtype=torch.float64)
+    value = torch.tensor([[0.0, 1.0], [0.0, 0.5]], dtype=torch.float64)
+    assert torch.equal(made @ key, value)
+    inputs = torch.randn(64, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    verdict = judge_inverse(key, made, value, "bfloat16", inputs)
+    assert verdict.condition < 300 and verdict.refused is not None and "NMSE" in verdict.refused

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pyruntime.checkpoint import Model
+from pyruntime.cli.folding import attention_streams
 from pyruntime.errors import RunError, UsageError
-from pyruntime.passes.merge import Form, GateMode, MergeKind, MergeOptions, MergeReport, merge, read_per_token
+from pyruntime.passes.merge import Form, GateMode, MergeKind, MergeOptions, MergeReport, merge
 from pyruntime.spec import MLP, Activation, Attention, ModelSpec, MoE, NormKind, Replacement, weight_shapes
 from tests.naive import logits
 from tests.passes.skipless import (
@@ -45,7 +46,8 @@ def check(
 ) -> Model:
     """Merge with every layer taking part, unless said otherwise, and compare with the unmerged model."""
     weights = weights_of(spec, seed)
-    merged = merge(model_of(spec, weights), MergeOptions(kind=kind))
+    model = model_of(spec, weights)
+    merged = merge(model, MergeOptions(kind=kind, streams=attention_streams(model, "float64")))
     report = report_of(merged)
     count = len(spec.layers)
     assert sum(row.entry is not None for row in report.layers) == (count if entries is None else entries), report.notes
@@ -97,6 +99,25 @@ def test_merging_q_and_p_changes_nothing(name: str, kind: MergeKind) -> None:
         assert isinstance(layer.attention, Attention)
         assert layer.attention.q is None
         assert layer.attention.o is None
+
+
+# width of the heads -> a layer that looks queries, keys and values up, before one that computes them
+TABLES: dict[int, ModelSpec] = {
+    heads * 6: skipless(
+        [(attention(heads=heads, kv=1, q=None, k=None, v=None, table=True), mlp()), (attention(), mlp())]
+    )
+    for heads in (4, 5)
+}
+
+
+@pytest.mark.parametrize("kind", [MergeKind.Q_P, MergeKind.PIVOTED, MergeKind.P, MergeKind.AUTO])
+@pytest.mark.parametrize("width", TABLES)
+def test_an_attention_with_a_table_loses_p_where_that_leaves_the_stream_its_width(width: int, kind: MergeKind) -> None:
+    wide = width != 24
+    merged = check(TABLES[width], kind, entries=int(kind is not MergeKind.P), outputs=2 - wide)
+    report = report_of(merged)
+    assert (report.layers[0].output is None) == wide
+    assert any("table" in note for note in report.layers[0].notes) or not wide
 
 
 @pytest.mark.parametrize("kind", [MergeKind.K_P, MergeKind.V_P])
@@ -228,15 +249,17 @@ def test_norms_of_queries_keys_and_values_cancel_the_one_before_them() -> None:
 def test_a_norm_whose_epsilon_matters_is_not_cancelled() -> None:
     inner: dict[str, Any] = {f"{role}_norm": rms(6, eps=0.5) for role in "qkv"}
     spec = skipless(three((attention(pre=rms(24), **inner), mlp())))
+    model = model_of(spec, weights_of(spec))
     with pytest.raises(RunError, match="epsilon") as caught:
-        merge(model_of(spec, weights_of(spec)))
+        merge(model, MergeOptions(streams=attention_streams(model, "float64")))
     assert caught.value.code == "MERGE_ILL_CONDITIONED"
 
 
 def test_a_mixture_of_norms_and_none_merges_layer_by_layer() -> None:
     spec = skipless([(attention(), mlp()), (attention(pre=rms(24)), mlp(pre=rms(24))), (attention(), mlp())])
     report = report_of(check(spec, MergeKind.AUTO))
-    assert [row.entry for row in report.layers] == [Form.Q, Form.TRIANGULAR, Form.Q]
+    assert report.layers[1].entry is Form.TRIANGULAR
+    assert all(row.entry in (Form.Q, Form.PIVOTED) for row in report.layers[::2])
 
 
 def test_layers_that_cannot_merge_stay_and_say_why() -> None:
@@ -296,8 +319,25 @@ def test_a_model_with_residuals_is_refused_by_layer() -> None:
 @pytest.mark.parametrize("kind", [MergeKind.K_P, MergeKind.V_P])
 def test_k_and_v_of_grouped_heads_are_refused_with_q_as_advice(kind: MergeKind) -> None:
     spec = BASE["gqa, glu"]
-    with pytest.raises(UsageError, match=r"24x12.*only Q can be merged"):
+    with pytest.raises(UsageError, match=r"layer 0: .*12 values, fewer than the stream's 24.*only Q can be merged"):
         merge(model_of(spec, weights_of(spec)), MergeOptions(kind=kind))
+
+
+@pytest.mark.parametrize("kind", [MergeKind.K_P, MergeKind.V_P])
+def test_layers_whose_k_and_v_are_not_square_stay_beside_others(kind: MergeKind) -> None:
+    # grouped heads, square ones, wide ones: 30 keys on a stream of 24 have a right inverse
+    wide = attention(heads=5, kv=5)
+    spec = skipless(
+        [(attention(), mlp()), (attention(kv=4), mlp()), (wide, mlp(ffn=10)), (attention(residual=True), mlp())]
+    )
+    report = report_of(check(spec, kind, entries=2, outputs=3))
+    assert [row.entry for row in report.layers] == [None, Form(kind.value[0]), Form(kind.value[0]), None]
+    assert "12 values, fewer than the stream's 24" in report.layers[0].notes[0]
+
+
+@pytest.mark.parametrize("kind", [MergeKind.K_P, MergeKind.V_P])
+def test_k_and_v_wider_than_the_stream_have_a_right_inverse(kind: MergeKind) -> None:
+    check(skipless(three((attention(heads=5, kv=5), mlp(ffn=4)))), kind)
 
 
 def test_a_kind_that_fits_no_layer_is_refused_with_one_that_does() -> None:
@@ -317,14 +357,6 @@ def test_a_layer_that_does_not_fit_into_memory_is_refused_beforehand() -> None:
     with pytest.raises(RunError, match="GiB") as caught:
         merge(model_of(spec, weights_of(spec)), MergeOptions(max_memory=10_000))
     assert caught.value.exit_code == 7
-
-
-def test_weights_that_a_token_reads_leave_the_table_out() -> None:
-    spec = skipless([(attention(), mlp())], positions=64)
-    layer = 24 * 24 + 2 * 24 * 12 + 24 * 24 + 3 * 24 * 40
-    assert read_per_token(spec) == layer + 24 + 61 * 24
-    tied = replace(spec, head=replace(spec.head, tied=True))
-    assert read_per_token(tied) == layer + 24 + 61 * 24
 
 
 def test_rope_is_left_alone() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from pyruntime.cli.folding import attention_streams
 from pyruntime.errors import RunError, UsageError
 from pyruntime.passes.merge import Form, GateMode, MergeKind, MergeOptions, MergeReport, merge
 from pyruntime.passes.merge.algebra import Factored, pivot_columns, upper_first
 from tests.naive import Array, logits
-from tests.passes.skipless import Arrays, arrays_of, attention, mlp, model_of, rms, skipless, weights_of
+from tests.passes.skipless import Arrays, arrays_of, attention, lin, mlp, model_of, rms, skipless, weights_of
 from tests.passes.test_merge import report_of, three
 
 SPEC = skipless(three((attention(), mlp())))
@@ -133,6 +136,112 @@ def test_planted_condition_numbers_are_all_refused_in_bfloat16(exponent: int) ->
     weights = weights_of(SPEC)
     weights["layers.0.attention.q.weight"] = with_cond(24, 10.0**exponent)
     assert str(refusal(weights, dtype="bfloat16", kind=MergeKind.Q)).startswith("layer 0: ")
+
+
+@pytest.mark.parametrize(("cond", "refused"), [(600.0, True), (2.0, False)])
+@pytest.mark.parametrize("bias", [None, 10.0, 30.0])
+def test_a_bias_of_keys_and_values_leaves_the_verdict_as_it_is(bias: float | None, cond: float, refused: bool) -> None:
+    own = lin(64, 32, bias is not None)
+    spec = skipless(three((attention(d=64, heads=4, kv=2, head_dim=16, k=own, v=own), mlp(d=64))))
+    weights = weights_of(spec)
+    for index in range(3):
+        weights[f"layers.{index}.attention.q.weight"] = with_cond(64, cond, index)
+        for role in "kv" if bias is not None else "":
+            weights[f"layers.{index}.attention.{role}.bias"][:] = bias
+    options = MergeOptions(kind=MergeKind.Q, dtype="bfloat16", gate=GateMode.FORCE)
+    report = report_of(merge(model_of(spec, weights), options))
+    assert [row.forced for row in report.layers] == [refused] * 3
+
+
+@pytest.mark.parametrize(("scale", "refused"), [(1.0, False), (1000.0, True)])
+def test_the_first_block_is_measured_on_scaled_tokens_with_their_positions(scale: float, refused: bool) -> None:
+    # keys and values read what positions add, and nothing of the tokens: a merge mixes both into every value, so that
+    # large tokens take the place of the positions in bfloat16
+    spec = skipless([(attention(), mlp())], positions=64, scale=scale)
+    weights = weights_of(spec)
+    weights["embedding.weight"][:, :12] = 0.0
+    weights["embedding.position.weight"][:, 12:] = 0.0
+    weights["layers.0.attention.q.weight"] = with_cond(24, 1.0)
+    for role in "kv":
+        weights[f"layers.0.attention.{role}.weight"][:, 12:] = 0.0
+    options = MergeOptions(kind=MergeKind.Q, dtype="bfloat16", gate=GateMode.FORCE)
+    assert [row.forced for row in report_of(merge(model_of(spec, weights), options)).layers] == [refused]
+
+
+HEADS: dict[str, Any] = {f"{role}_norm": rms(6, eps=1e-6) for role in "qkv"}
+DRIFTING = skipless(three((attention(pre=rms(24, eps=1e-6), **HEADS), mlp())))
+
+
+def small_streams() -> Arrays:
+    """Weights that leave a stream of a hundredth behind each MLP, so that the epsilon behind it matters."""
+    weights = weights_of(DRIFTING)
+    for index in range(3):
+        weights[f"layers.{index}.mlp.up.weight"] *= 0.01
+    return weights
+
+
+def test_a_cancelled_norm_is_judged_on_the_streams_of_the_model() -> None:
+    weights = small_streams()
+    model = model_of(DRIFTING, weights)
+    streams = attention_streams(model, "float64")
+    for dtype in ("float32", "float16", "bfloat16"):
+        with pytest.raises(RunError, match=r"layer \d: Q: .*epsilon") as caught:
+            merge(model, MergeOptions(kind=MergeKind.Q, dtype=dtype, streams=streams))
+        assert caught.value.code == "MERGE_ILL_CONDITIONED"
+    forced = merge(model, MergeOptions(kind=MergeKind.Q, gate=GateMode.FORCE, streams=streams))
+    ids = [4, 9, 1, 33]
+    expected = logits(DRIFTING, weights, ids)
+    error = np.linalg.norm(logits(forced.spec, arrays_of(forced), ids) - expected) / np.linalg.norm(expected)
+    assert error > 1e-3
+
+
+def test_a_norm_stays_where_nothing_is_known_of_its_input() -> None:
+    model = model_of(DRIFTING, weights_of(DRIFTING))
+    for gate in GateMode:
+        report = report_of(merge(model, MergeOptions(gate=gate)))
+        assert [row.entry for row in report.layers] == [None] * 3
+        assert all("streams" in row.notes[0] for row in report.layers)
+
+
+@pytest.mark.parametrize(("dtype", "change", "refused"), [
+    ("float32", 1e-7, False), ("float32", 1e-5, True), ("float16", 1e-5, False), ("float16", 5e-4, True),
+    ("bfloat16", 5e-4, False), ("bfloat16", 5e-3, True),
+])  # fmt: skip
+def test_what_an_epsilon_may_change_depends_on_the_dtype(dtype: str, change: float, refused: bool) -> None:
+    # a stream of mean square 1/2 through an orthogonal Q: the change is about eps |1/2 - 1| / (2 / 2)
+    heads: dict[str, Any] = {f"{role}_norm": rms(6, eps=2 * change) for role in "qkv"}
+    spec = skipless([(attention(kv=4, pre=rms(24, eps=1e-30, weight=False), **heads), mlp())])
+    weights = weights_of(spec)
+    for role in "qkv":
+        weights[f"layers.0.attention.{role}.weight"] = np.eye(24)
+    streams = {0: torch.full((3, 24), 0.5**0.5)}
+    options = MergeOptions(kind=MergeKind.Q, dtype=dtype, gate=GateMode.FORCE, streams=streams)
+    (row,) = report_of(merge(model_of(spec, weights), options)).layers
+    assert row.entry_measured is not None
+    assert row.entry_measured.drift == pytest.approx(change, rel=0.05)
+    assert row.forced == refused
+
+
+def test_an_overflow_is_answered_with_a_wider_dtype_to_store() -> None:
+    weights = weights_of(SPEC)
+    weights["layers.1.attention.o.weight"] *= 300.0
+    weights["layers.1.mlp.up.weight"] *= 300.0
+    for gate in (GateMode.REFUSE, GateMode.FORCE):
+        advice = str(refusal(weights, kind=MergeKind.P, dtype="float16", store_dtype="float16", gate=gate))
+        assert "wider --store-dtype" in advice
+        assert "--kind p" not in advice and "inverse" not in advice
+
+
+def test_auto_takes_q_only_where_it_is_about_as_accurate_as_the_pivoted_form() -> None:
+    weights = weights_of(SPEC)
+    weights["layers.0.attention.q.weight"] = with_cond(24, 1.0)
+    # this one passes too, at a hundred times the error
+    weights[Q1] = with_cond(24, 100.0)
+    rows = merged_report(weights, kind=MergeKind.AUTO, dtype="float32").layers
+    assert [row.entry for row in rows[:2]] == [Form.Q, Form.PIVOTED]
+    assert rows[0].num_weights == rows[1].num_weights
+    alone = merged_report(weights, kind=MergeKind.Q_P, dtype="float32").layers
+    assert not any(row.forced for row in alone)
 
 
 # NMSE of h (O Q) (Q^-1 K) against h O K, n = 512, geometric spectrum, measured by other code

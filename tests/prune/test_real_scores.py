@@ -21,8 +21,10 @@ from tests.prune import oracle
 
 pytestmark = pytest.mark.slow
 
-# SOURCE.md of the model: cosine of x and x + attention(x), by layer; these are means over the first 40 stories of the
-# means over their tokens
+# SOURCE.md of the model: cosine of x and x + attention(x), by layer. It does not say over how many stories, nor how the
+# mean was taken: the first 40 stories, and the mean of each story's mean over its tokens, were found to give these
+# figures (the first 100, by tokens, give .923 .870 .983 .970 .981 .956 .920 .993). So this is no proof; the comparison
+# with transformers below is the judge
 PUBLISHED = (0.924, 0.872, 0.983, 0.967, 0.979, 0.954, 0.916, 0.992)
 # and perplexities of the first 60 stories, the attentions dropped one after the other
 DROPPED = {(): 4.42, (7,): 4.54, (7, 2): 4.59, (7, 2, 4): 4.85, (7, 2, 4, 3): 5.28, (7, 2, 4, 3, 5): 7.23}

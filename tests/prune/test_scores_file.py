@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,29 @@ def test_a_picture_has_a_curve_for_each_kind_and_a_field_for_each_metric(scores:
     # labels stand as comments beside the glyphs
     for text in ("cosine", "angular", "magnitude", "perplexity", "whole layer", "MLP"):
         assert f"<!-- {text} -->" in picture
+
+
+@pytest.mark.parametrize("least", [0.2, 0.05, 0.004, 0.0003])
+def test_labels_of_an_axis_do_not_overlap(scores: Scores, tmp_path: Path, least: float) -> None:
+    """Of an axis over three decades, the labels stand at least their height apart, and there are two or more."""
+    figures = pytest.importorskip("matplotlib.figure")
+    values = {"cosine": {"attention": (1.0, 0.3, least)}}
+    seen: list[list[float]] = []
+    honest = figures.Figure.savefig
+
+    def look(figure: Any, *arguments: Any, **how: Any) -> None:
+        honest(figure, *arguments, **how)
+        axis = figure.axes[0].yaxis
+        low, high = sorted(axis.get_view_interval())
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        labels = [tick.label1 for tick in ticks if tick.label1.get_text() and low <= tick.get_loc() <= high]
+        boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0)
+        seen.append([above.y0 - below.y1 for below, above in itertools.pairwise(boxes)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures.Figure, "savefig", look)
+        save_plot(replace(scores, values=values), tmp_path / "a.png")
+    assert seen[0] and min(seen[0]) > 0
 
 
 def test_other_formats_are_refused(scores: Scores, tmp_path: Path) -> None:

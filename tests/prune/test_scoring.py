@@ -95,6 +95,43 @@ def test_scores_are_the_same_after_a_kill_in_between(model: Model, tmp_path: Pat
     assert score(model, calibration(), options(save_every=2), partial=partial) == expected
 
 
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "fewer than no sequences": lambda data: data["statistics"].update(num_seqs=-2),
+    "more sequences than there are": lambda data: data["statistics"].update(num_seqs=8),
+    "another number of tokens": lambda data: data["statistics"].update(num_tokens=1),
+    "a number that is text": lambda data: data["statistics"].update(num_seqs="7"),
+    "a sum that is none": lambda data: data["statistics"]["sums"]["attention cosine"].__setitem__(1, "nan"),
+    "an infinite sum": lambda data: data["statistics"]["sums"]["attention cosine"].__setitem__(1, "inf"),
+    "a loss that is none": lambda data: data["losses"].update({"attention 1": "nan"}),
+    "a loss of nothing known": lambda data: data["losses"].update({"attention 9": "0x1p0"}),
+    "another target": lambda data: data.update(target="auto"),
+    "losses and no sums": lambda data: data.update(losses={"dense": "0x1p0"}, statistics={}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_partial_file_that_was_changed_is_not_used(
+    model: Model, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    how = options(metrics=("cosine", "perplexity"), kinds=("attention",))
+    partial = tmp_path / "partial"
+    expected = score(model, calibration(), how, partial=partial)
+    data = json.loads(partial.read_text())
+    CHANGES[name](data)
+    partial.write_text(json.dumps(data))
+    assert score(model, calibration(), how, partial=partial) == expected
+    assert "is not used" in caplog.text
+
+
+def test_scores_say_which_target_measured_them(model: Model, tmp_path: Path) -> None:
+    how = options(metrics=("perplexity",), kinds=("attention",), target="auto")
+    lowered = lower(fuse(build(SPEC)), model, target="auto")
+    partial = tmp_path / "partial"
+    assert score(model, calibration(), how, partial=partial).target == lowered.target != "auto"
+    # nothing is left to measure
+    assert score(model, calibration(), how, partial=partial).target == lowered.target
+
+
 @pytest.mark.parametrize("what", ["text", "options", "model", "broken", "no JSON", "other layers"])
 def test_a_partial_file_of_other_work_is_not_used(
     model: Model, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
@@ -230,6 +267,7 @@ def most_layers(model: Model, how: ScoreOptions) -> int:
 
     def look(*_: Any) -> None:
         nonlocal most
+        # what is frozen is not looked at, which makes this fast
         gc.collect()
         owners = {name.split(".")[1] if name.startswith("layers.") else "0 rest" for name, n in live.items() if n > 0}
         most = max(most, len(owners))
@@ -241,7 +279,12 @@ def most_layers(model: Model, how: ScoreOptions) -> int:
             return tensor
 
     looking = {name: Looking(each.inner, live, name) for name, each in watched.items()}
-    score(replace(model, weights=looking), calibration(), how, progress=look)
+    gc.collect()
+    gc.freeze()
+    try:
+        score(replace(model, weights=looking), calibration(), how, progress=look)
+    finally:
+        gc.unfreeze()
     return most
 
 

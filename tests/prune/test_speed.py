@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from pyruntime.bench import shape_spec
+from pyruntime.bench import shape_spec, summary
+from pyruntime.checkpoint import Model
 from pyruntime.errors import UsageError
-from pyruntime.prune import Machine, Scores, Selection, decode_seconds, select_for_speedup
+from pyruntime.graph import Cost, SequenceWork, build, cost_of, fuse
+from pyruntime.prune import Machine, Scores, Selection, decode_cost, decode_seconds, select_for_speedup
 from pyruntime.prune.identity import plan_of
 from pyruntime.spec import DropPlan, ModelSpec, drop_sublayers
-from tests.specs import ATTENTION, ATTENTIONS, PLAIN_MLP, model_of
+from tests.specs import ATTENTION, ATTENTIONS, EXPERTS, PLAIN_MLP, model_of
 
 TINYLLAMA = shape_spec("tinyllama-1.1b")
 SHORT = replace(TINYLLAMA, layers=TINYLLAMA.layers[:8])
@@ -118,6 +120,63 @@ def test_the_loss_is_near_the_least_that_any_choice_has() -> None:
         scores = scores_of(spec, seed)
         found = loss(select_for_speedup(spec, scores, how), scores)
         assert found <= 1.25 * min(loss(plan, scores) for plan in fast)
+
+
+@pytest.mark.parametrize("speedup", [1.05, 1.5, 2.0])
+def test_what_helps_when_it_is_gone_is_dropped_before_anything_else(speedup: float) -> None:
+    """Scores of both signs, as perplexities have them; against every subset of eight sublayers."""
+    spec = model_of([(ATTENTION, PLAIN_MLP, False)] * 4)
+    how = Selection(target="joint", speedup=speedup, context=50)
+    layers = [each for count in range(5) for each in itertools.combinations(range(4), count)]
+    plans = [DropPlan(attention, mlp) for attention in layers for mlp in layers]
+    fast = [plan for plan in plans if predicted(spec, plan, how) >= speedup]
+    for seed in range(8):
+        draw = random.Random(seed)
+        attention, mlp = ([draw.uniform(-0.1, 0.2) for _ in range(4)] for _ in range(2))
+        values = {"cosine": {"attention": tuple(attention), "mlp": tuple(mlp)}}
+        scores = Scores(model="", family="", num_layers=4, values=values)
+        plan = select_for_speedup(spec, scores, how)
+        assert predicted(spec, plan, how) >= speedup
+        assert set(plan.attention) >= {i for i, value in enumerate(attention) if value <= 0}
+        assert set(plan.mlp) >= {i for i, value in enumerate(mlp) if value <= 0}
+        # the least loss drops these too, so that only the rest is a matter of choice
+        gained = sum(value for value in attention + mlp if value <= 0)
+        least = min(loss(each, scores) for each in fast)
+        assert least - 1e-12 <= loss(plan, scores) <= gained + 1.25 * (least - gained) + 1e-12
+
+
+@pytest.mark.parametrize("speedup", [1.01, 1.2, 1.6])
+def test_of_equal_savings_the_least_loss_is_found_whatever_the_signs(speedup: float) -> None:
+    spec = model_of([(None, PLAIN_MLP, False)] * 8)
+    how = Selection(target="mlp", speedup=speedup, context=50)
+    plans = [DropPlan((), gone) for count in range(9) for gone in itertools.combinations(range(8), count)]
+    fast = [plan for plan in plans if predicted(spec, plan, how) >= speedup]
+    for seed in range(8):
+        draw = random.Random(seed)
+        values = {"cosine": {"attention": (None,) * 8, "mlp": tuple(draw.uniform(-0.1, 0.1) for _ in range(8))}}
+        scores = Scores(model="", family="", num_layers=8, values=values)
+        found = loss(select_for_speedup(spec, scores, how), scores)
+        assert found == pytest.approx(min(loss(plan, scores) for plan in fast), abs=1e-12)
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
+def test_the_cost_of_a_batch_is_that_of_its_sequences_together(moe: bool) -> None:
+    spec = model_of([(ATTENTION, EXPERTS if moe else PLAIN_MLP, False)] * 2)
+    nodes = fuse(build(spec)).nodes
+    for batch in (1, 3, 8):
+        expected = cost_of(nodes, [SequenceWork(20, 1)] * batch, 2)
+        assert cost_of(nodes, [SequenceWork(20, 1)], 2, copies=batch) == expected
+        assert decode_cost(spec, batch, 20, 2) == sum(expected.values(), Cost())
+
+
+def test_a_huge_batch_is_counted_not_listed() -> None:
+    """A list of so many sequences would not fit the memory."""
+    huge, one = (decode_cost(SHORT, batch, 100, 2) for batch in (10**12, 1))
+    assert huge.kv_bytes == 10**12 * one.kv_bytes and huge.flops == 10**12 * one.flops
+    assert (
+        summary(Model(spec=SHORT, dense_spec=SHORT, weights={}, dtype="bfloat16"), 2, 10**12, 100)["batch_size"]
+        == 10**12
+    )
 
 
 def test_at_long_contexts_attentions_pay_and_at_short_ones_mlps() -> None:

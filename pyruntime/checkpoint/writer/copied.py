@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -13,13 +12,8 @@ from pyruntime.checkpoint.files import io_error, is_bare_name, listed, open_file
 from pyruntime.checkpoint.header import header_bytes
 from pyruntime.checkpoint.manifest import MANIFEST
 from pyruntime.checkpoint.writer.folder import NewFolder
+from pyruntime.checkpoint.writer.names import is_side_file
 
-# never code, pickles or other weights; a README speaks of another model
-_PATTERNS: Final = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "generation_config.json", "chat_template.json", "*.jinja",
-    "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 _CODE: Final = "UNSUPPORTED_FORMAT"
 _CHUNK_BYTES: Final = 1 << 22
 
@@ -27,12 +21,7 @@ _CHUNK_BYTES: Final = 1 << 22
 def side_files(source: Path) -> tuple[str, ...]:
     """Names of the files of `source` that go along: tokenizer, chat template, generation settings, licence."""
     return tuple(
-        name
-        for name in listed(source)
-        if is_bare_name(name)
-        and any(fnmatch.fnmatchcase(name, pattern) for pattern in _PATTERNS)
-        and not name.endswith((".py", ".bin", ".safetensors"))
-        and (source / name).is_file()
+        name for name in listed(source) if is_bare_name(name) and is_side_file(name) and (source / name).is_file()
     )
 
 

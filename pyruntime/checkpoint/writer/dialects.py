@@ -24,8 +24,9 @@ class WriteDialect(StrEnum):
 
 
 WRITE_DIALECTS: Final = tuple(str(each) for each in WriteDialect)
-# what LLM-Drop has classes for
+# what LLM-Drop has classes for, and which of them number the attentions in the cache anew
 _LLM_DROP_TYPES: Final = ("llama", "mistral", "gemma2", "baichuan", "deepseek")
+_LLM_DROP_SHIFTED: Final = ("llama", "mistral")
 # they name code that is not copied
 _CODE_KEYS: Final = ("auto_map", "trust_remote_code")
 _LISTS: Final = {"drop_attn_list": "attention", "drop_mlp_list": "mlp"}
@@ -64,19 +65,41 @@ def config_in(dialect: WriteDialect, config: Mapping[str, Any], gone: DropPlan) 
     return new if dialect is WriteDialect.ZEROS else {**new, **lists}
 
 
-def exact_in(dialect: WriteDialect, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Who computes the pruned model from a folder with this `config`; others may compute something else."""
+def exact_in(dialect: WriteDialect, config: Mapping[str, Any], gone: DropPlan) -> tuple[str, ...]:
+    """Who computes the pruned model from a folder with this `config`, which drops `gone` and nothing else.
+
+    Others may compute something else, or fail.
+    """
     if dialect is WriteDialect.ZEROS:
         return ("every reader of the unpruned model",)
-    return ("pyruntime", "LLM-Drop") if dialect is WriteDialect.LLM_DROP and _is_known(config) else ("pyruntime",)
+    return ("pyruntime", "LLM-Drop") if _is_known(config, gone) else ("pyruntime",)
 
 
-def _is_known(config: Mapping[str, Any]) -> bool:
-    """Whether LLM-Drop's classes compute this model: its type, its rope, and layers that are all alike."""
+def _is_known(config: Mapping[str, Any], gone: DropPlan) -> bool:
+    """Whether LLM-Drop's classes compute this model: its type and drops, its rope, and layers that are all alike."""
+    if config.get("model_type") not in _LLM_DROP_TYPES:
+        return False
     new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
-    rope = new.get("rope_type", "default") == "default" and old.get("type", "linear") in ("linear", "dynamic")
-    alike = not read_dialects(Fields(with_shared_keys(config)), _num_layers(config)).sizes
-    return config.get("model_type") in _LLM_DROP_TYPES and rope and old.keys() <= {"type", "factor"} and alike
+    # they read neither a theta nor a type in `rope_parameters`
+    rope = new.get("rope_type", "default") == "default" and new.get("rope_theta") in (None, config.get("rope_theta"))
+    rope = rope and old.keys() <= {"type", "factor"} and old.get("type", "linear") in ("linear", "dynamic")
+    return (
+        rope
+        and _can_generate(config, gone)
+        and not read_dialects(Fields(with_shared_keys(config)), _num_layers(config)).sizes
+    )
+
+
+def _can_generate(config: Mapping[str, Any], gone: DropPlan) -> bool:
+    """Whether LLM-Drop's classes have a cache that fits the attentions that are left.
+
+    Baichuan's and DeepSeek's read a variable that a dropped attention does not set. Gemma 2's chooses the window of a
+    layer by its place in the cache, which an attention dropped before it shifts. Without any attention there is no
+    cache that could count the tokens.
+    """
+    if config["model_type"] not in _LLM_DROP_SHIFTED:
+        return not gone.attention
+    return len(set(gone.attention)) < _num_layers(config)
 
 
 def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:

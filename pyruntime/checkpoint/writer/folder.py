@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pyruntime.checkpoint.atomic import DISK, NewFile, new_file, remove_tree, sync_folder
+from pyruntime.checkpoint.atomic import DISK, NewFile, check_folder, new_file, remove_tree, sync_folder
 from pyruntime.checkpoint.files import io_error, is_there
 from pyruntime.checkpoint.manifest import MANIFEST, write_manifest
+from pyruntime.checkpoint.writer.names import is_checkpoint_file
 from pyruntime.errors import RunError, UsageError
 
 # of the bytes to be written: what names and blocks that are not full take beside them
@@ -52,8 +53,11 @@ class _Places:
 class NewFolder:
     """A folder in the making; `path` is where it is until `commit` gives it its name."""
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, places: _Places, overwrite: bool) -> None:
         self._places = places
+        self._overwrite = overwrite
+        # where the old folder is while it might have to be put back
+        self._old: Path | None = None
         self.path = places.temporary
         self.notes: tuple[str, ...] = ()
 
@@ -80,12 +84,55 @@ class NewFolder:
         check: Callable[[Path], None],
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Write the manifest, let `check` judge the folder and give it its name. Raises OSError and as `check`."""
+        """Write the manifest, let `check` judge the folder and give it its name.
+
+        Raises OSError, as `check`, and UsageError OUTPUT for what came into the old folder in the meantime.
+        """
         # the manifest is the last file, and with its name all names in the folder are brought to the disk
         write_manifest(self.path, made, progress)
         check(self.path)
-        _rename(self._places)
-        sync_folder(self._places.target.parent)
+        _check_target(self._places.target, self._overwrite)
+        self._old = _rename(self._places)
+        try:
+            sync_folder(self._places.target.parent)
+        except BaseException:
+            self._put_back()
+            raise
+        self._old = None
+
+    def clean(self) -> None:
+        """Leave nothing beside the target, be it what was not finished or what was replaced; `notes` on what stays."""
+        target, old = self._places.target, self._old
+        if old is not None and os.path.lexists(target):
+            note = f"{old.name} beside it is the old folder: move it away before the next write or verify removes it"
+            self.notes += (note,)
+            return
+        with contextlib.suppress(OSError, RunError):
+            _recover(self._places)
+        left = [path for path in (self._places.temporary, self._places.old) if os.path.lexists(path)]
+        does = "removes it" if os.path.lexists(target) or self._places.old not in left else "puts it right"
+        self.notes += tuple(
+            f"{path.name} is left beside it; the next write, or pyruntime verify, {does}" for path in left
+        )
+
+    def _put_back(self) -> None:
+        """Take the name back from the new folder, and give it to the old one, if there was one."""
+        places, old = self._places, self._old
+        try:
+            if old == places.temporary:
+                DISK.exchange(places.temporary, places.target)
+            else:
+                DISK.rename(places.target, places.temporary)
+                if old is not None:
+                    DISK.rename(old, places.target)
+        except OSError:
+            if old is None:
+                self.notes += ("the new folder has its name, but a power cut may take it",)
+            return
+        self._old = None
+        # the disk has refused it once
+        with contextlib.suppress(OSError):
+            sync_folder(places.target.parent)
 
 
 @contextlib.contextmanager
@@ -105,15 +152,28 @@ def new_folder(
             _recover(places)
             # another writer may have been faster
             _check_target(places.target, overwrite)
-            folder = NewFolder(places)
+            folder = NewFolder(places, overwrite)
             try:
                 yield folder
             finally:
-                folder.notes += _clean(places)
+                folder.clean()
     except OSError as error:
         left = "".join(f"; {note}" for note in folder.notes) if folder is not None else ""
         failed = io_error(f"cannot write {out}", error)
         raise RunError(failed.code, f"{failed}{left}") from None
+
+
+def check_target(out: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Raise what a write to `out` would raise before it begins: for work whose result must not be lost at its end.
+
+    UsageError OUTPUT where `out` may not be written, RunError IO where its parent cannot be; not RunError LOCKED.
+    """
+    places = _places(out, sources)
+    try:
+        _check_target(places.target, overwrite)
+        check_folder(places.target.parent)
+    except OSError as error:
+        raise io_error(f"cannot write {out}", error) from None
 
 
 def recover(out: Path) -> tuple[str, ...]:
@@ -166,9 +226,21 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UsageError("OUTPUT", f"{target} exists; {_EXISTS}")
     if target.stat().st_dev != target.parent.stat().st_dev:
         raise UsageError("OUTPUT", f"{target} is another file system than {target.parent}; write into a folder of it")
-    names = os.listdir(target)
-    if names and not {MANIFEST, "config.json"} & set(names):
+    _check_entries(target)
+
+
+def _check_entries(target: Path) -> None:
+    """Raise UsageError OUTPUT where the folder holds anything beside the files of a checkpoint."""
+    with os.scandir(target) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    if entries and not {MANIFEST, "config.json"} & {entry.name for entry in entries}:
         raise UsageError("OUTPUT", f"{target} holds no checkpoint; remove it yourself if nothing in it is needed")
+    for entry in entries:
+        if not (entry.is_file(follow_symlinks=False) and is_checkpoint_file(entry.name)):
+            raise UsageError(
+                "OUTPUT",
+                f"{target} holds {entry.name!r}, which no checkpoint needs; move it away, or write to another folder",
+            )
 
 
 @contextlib.contextmanager
@@ -212,20 +284,21 @@ def _is_still(path: Path, fd: int) -> bool:
         return False
 
 
-def _rename(places: _Places) -> None:
-    """Let the new folder take its name, and the place of an old one."""
+def _rename(places: _Places) -> Path | None:
+    """Let the new folder take its name, and the place of an old one; where that is now."""
     if not is_there(places.target):
         DISK.rename(places.temporary, places.target)
-        return
+        return None
     try:
         DISK.exchange(places.temporary, places.target)
-        return
+        return places.temporary
     except OSError as error:
         if error.errno not in _NO_EXCHANGE:
             raise
     # a kill between the two leaves only the old folder under its other name; `_recover` gives it back
     DISK.rename(places.target, places.old)
     DISK.rename(places.temporary, places.target)
+    return places.old
 
 
 def _recover(places: _Places) -> None:
@@ -233,11 +306,3 @@ def _recover(places: _Places) -> None:
         DISK.rename(places.old, places.target)
     remove_tree(places.old)
     remove_tree(places.temporary)
-
-
-def _clean(places: _Places) -> tuple[str, ...]:
-    """Leave nothing beside the target: be it what was not finished, or what was replaced. Notes on what stays."""
-    with contextlib.suppress(OSError, RunError):
-        _recover(places)
-    left = [path.name for path in (places.temporary, places.old) if os.path.lexists(path)]
-    return tuple(f"{name} is left beside it; the next write, or pyruntime verify, removes it" for name in left)

@@ -31,9 +31,10 @@ _Ranges = Mapping[str, Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Contents:
-    """What is to be written: config.json, the tensors to keep, what of them becomes zero, and what it reads as."""
+    """What is to be written: config.json, the tensors to keep, what of them becomes zero, what it reads as in whom."""
 
     config: bytes
+    exact_in: tuple[str, ...]
     names: frozenset[str]
     expected: ModelSpec
     zeros: _Ranges
@@ -73,7 +74,7 @@ def write_pruned(
         kept = {name: each for name, each in stored.items() if name in contents.names and not config_only}
         about = {
             "format": f"{said}, config only" if config_only else str(said),
-            "exact_in": ["pyruntime, as a drop plan"] if config_only else list(exact_in(said, model.config)),
+            "exact_in": ["pyruntime, as a drop plan"] if config_only else list(contents.exact_in),
             "plan": plan.to_json(),
             "from": origin_of(source, {each.shard.path.name for each in stored.values()}),
         }
@@ -113,11 +114,12 @@ def _contents(model: Model, plan: DropPlan, dialect: WriteDialect, files: _Files
     gone = silenced(model.config, plan)
     config = config_in(dialect, model.config, gone)
     text = (json.dumps(config, indent=2) + "\n").encode()
-    if dialect is not WriteDialect.ZEROS:
-        return _Contents(config=text, names=_names(model, spec, files), expected=spec, zeros={})
-    dense = _dense(model, config, read)
-    zeros = _zeros(dense, gone, files)
-    return _Contents(config=text, names=_names(dense, dense.spec, files), expected=dense.spec, zeros=zeros)
+    zeros: _Ranges = {}
+    if dialect is WriteDialect.ZEROS:
+        model = _dense(model, config, read)
+        spec, zeros = model.spec, _zeros(model, gone, files)
+    readers = exact_in(dialect, config, gone)
+    return _Contents(config=text, exact_in=readers, names=_names(model, spec, files), expected=spec, zeros=zeros)
 
 
 def _contents_native(
@@ -129,8 +131,14 @@ def _contents_native(
     zeros: _Ranges = {}
     if dialect is WriteDialect.ZEROS:
         spec, zeros = model.spec, _zeros(model, plan, files)
-    text = native_text(native_config(spec, model.dtype, model.config))
-    return _Contents(config=text, names=_names(model, spec, files), expected=spec, zeros=zeros)
+    config = native_config(spec, model.dtype, model.config)
+    return _Contents(
+        config=native_text(config),
+        exact_in=exact_in(dialect, config, plan),
+        names=_names(model, spec, files),
+        expected=spec,
+        zeros=zeros,
+    )
 
 
 def _dense(model: Model, config: Mapping[str, Any], read: ReadOptions) -> Model:
@@ -141,8 +149,10 @@ def _dense(model: Model, config: Mapping[str, Any], read: ReadOptions) -> Model:
     except CheckpointError as error:
         if error.code != "MISSING_TENSOR":
             raise
+        # its last words say what to do about another fault
+        found = str(error).rpartition(";")[0]
         raise CheckpointError(
-            error.code, f"dialect zeros keeps all tensors, and {error}; write it from the unpruned checkpoint"
+            error.code, f"dialect zeros keeps all tensors, and {found}; write it from the unpruned checkpoint"
         ) from None
 
 
@@ -208,8 +218,16 @@ def _chunks(stored: StoredTensor, zeros: Sequence[tuple[int, int]]) -> Iterator[
 
 
 def _refuse_without_weights(dialect: WriteDialect, model: Model) -> None:
-    if dialect is WriteDialect.ZEROS or is_native(model.config):
-        raise UsageError("DIALECT", "only dialects hf and llm-drop of Hugging Face's families can do without weights")
+    if dialect is WriteDialect.ZEROS:
+        raise UsageError(
+            "DIALECT", "dialect is 'zeros', which cannot do without weights (config_only); choose hf or llm-drop"
+        )
+    if is_native(model.config):
+        raise UsageError(
+            "DIALECT",
+            f"{model.path} is in pyruntime's own format, which cannot do without weights (config_only); "
+            "write it with them",
+        )
 
 
 def _check_plan(folder: Path, base: ModelSpec, expected: ModelSpec) -> None:

@@ -11,7 +11,7 @@ import torch
 from pyruntime.checkpoint import Model
 from pyruntime.checkpoint.computed import exact
 from pyruntime.passes.fold.draft import Draft, check_dtype
-from pyruntime.passes.fold.gate import CHANGE_LIMITS
+from pyruntime.passes.fold.gate import CHANGE_LIMITS, gain_of
 from pyruntime.passes.fold.matrices import matrix, scale_inputs
 from pyruntime.passes.fold.norms import ONE_PLUS
 from pyruntime.spec import Attention, Cached, Norm, NormKind
@@ -48,6 +48,8 @@ def cancel_norms(
         if not change <= limit and not force:
             draft.leave(f"without it eps would change normed values by {change:.1e}, at most {limit:.0e}", where)
             continue
+        if not change <= limit:
+            draft.forced.append(where)
         draft.notes.append(f"{where}: {'' if change <= limit else 'forced, '}normed values change by {change:.1e}")
         draft.put(kind, index, _without_pre(draft, prefix, attention, attention.pre))
         draft.rewritten.append(where)
@@ -63,7 +65,7 @@ def largest_change(draft: Draft, prefix: str, attention: Attention, x: torch.Ten
     pre = attention.pre
     assert pre is not None
     squares = x.square().mean(dim=1) + pre.eps
-    x = x * _gain(draft, f"{prefix}pre", pre)
+    x = x * gain_of(draft.weights, f"{prefix}pre", pre)
     worst = 0.0
     for name, own in _normed(attention).items():
         linear = getattr(attention, name)
@@ -98,12 +100,6 @@ def _obstacle(attention: Attention) -> str | None:
 def _normed(attention: Attention) -> dict[str, Norm]:
     found = {name: getattr(attention, f"{name}_norm") for name in "qkv"}
     return {name: norm for name, norm in found.items() if norm is not None}
-
-
-def _gain(draft: Draft, name: str, norm: Norm) -> torch.Tensor:
-    if not norm.weight:
-        return torch.ones(norm.size, dtype=torch.float64)
-    return exact(draft.weights[f"{name}.weight"]) + float(norm.kind in ONE_PLUS)
 
 
 def _without_pre(draft: Draft, prefix: str, attention: Attention, pre: Norm) -> Attention:

@@ -23,10 +23,12 @@ _PLACE: Final = re.compile(r"(attention|mlp) (\d+)(.*)")
 class FoldReport(PassReport):
     """What a rewrite saved; what it cost is negative. `rewritten` names what was changed.
 
-    `flops_per_token` counts what every token passes; scores over the context are not among it.
+    `forced` are those of them that a gate refused. `flops_per_token` counts what every token passes; scores over the
+    context are not among it.
     """
 
     rewritten: tuple[str, ...] = ()
+    forced: tuple[str, ...] = ()
     flops_per_token: int = 0
 
 
@@ -41,6 +43,7 @@ class Draft:
     final_norm: Norm | None
     head: Head
     rewritten: list[str]
+    forced: list[str]
     # reason -> what was left as it is for it
     left: dict[str, list[str]]
     notes: list[str]
@@ -50,7 +53,7 @@ class Draft:
         """Nothing changed yet."""
         spec = model.spec
         layers = list(spec.layers)
-        return cls(model, dict(model.weights), spec.embedding, layers, spec.final_norm, spec.head, [], {}, [])
+        return cls(model, dict(model.weights), spec.embedding, layers, spec.final_norm, spec.head, [], [], {}, [])
 
     def sublayers(self) -> Iterator[tuple[str, int, str, Sublayer]]:
         """(kind, layer, prefix of the weights' names, sublayer) of each sublayer that is there."""
@@ -93,6 +96,7 @@ class Draft:
             kv_values_per_token=kv_values_per_token(before) - kv_values_per_token(spec),
             notes=(*self.notes, *(f"{in_short(places)}: {reason}" for reason, places in self.left.items())),
             rewritten=tuple(self.rewritten),
+            forced=tuple(self.forced),
             flops_per_token=flops_per_token(before) - flops_per_token(spec),
         )
         return replace(self.model, spec=spec, weights=weights, reports=(*self.model.reports, report))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+
+from pyruntime.checkpoint import Weight
+from pyruntime.checkpoint.computed import exact
+from pyruntime.passes.fold.norms import ONE_PLUS
+from pyruntime.spec import Attention, Norm
 
 # condition numbers above which an inverse is refused, and the error of what it gives (mean squares)
 CONDITION_LIMITS: Final = {"bfloat16": 1e3, "float16": 1e4, "float32": 1e6, "float64": 1e12}
@@ -28,18 +34,30 @@ class Verdict:
         return f"condition number {self.condition:.1e}, NMSE {self.nmse:.1e}"
 
 
-def judge_inverse(key: torch.Tensor, made: torch.Tensor, value: torch.Tensor, dtype: str) -> Verdict:
-    """Whether values may be made of keys: `made` (key x) instead of `value` x, with everything stored in `dtype`.
+def judge_inverse(
+    key: torch.Tensor,
+    made: torch.Tensor,
+    value: torch.Tensor,
+    dtype: str,
+    x: torch.Tensor,
+    bias: torch.Tensor | float = 0.0,
+) -> Verdict:
+    """Whether values may be made of keys, with everything stored in `dtype`.
 
-    All are float64 [outputs, inputs]. The error is the mean square of the difference over that of the values, for
-    random normal inputs.
+    They are `made` (key x + bias) - made bias instead of `value` x: float64 [outputs, inputs], `x` [n, inputs]. The
+    error is the mean square of the difference over that of the values.
     """
+    # not at the top: merges import folds
+    from pyruntime.passes.merge.algebra import Factored
+
     if not all(bool(torch.isfinite(each).all()) for each in (key, made, value)):
         return Verdict(torch.inf, torch.inf, "it has values that are NaN or infinite, or no inverse")
-    condition = float(torch.linalg.cond(key))
-    x = rounded(samples(key.shape[1]), dtype)
+    condition = Factored.of(key).condition()
+    x = rounded(x, dtype)
     expected = x @ value.T
-    found = rounded(rounded(x @ rounded(key, dtype).T, dtype) @ rounded(made, dtype).T, dtype)
+    keys = rounded(x @ rounded(key, dtype).T + bias, dtype)
+    shift = torch.as_tensor(bias, dtype=torch.float64).expand(len(key)) @ made.T
+    found = rounded(keys @ rounded(made, dtype).T - rounded(shift, dtype), dtype)
     nmse = float((found - expected).square().mean() / expected.square().mean())
     # written so that a NaN is refused
     if not condition <= CONDITION_LIMITS[dtype]:
@@ -49,10 +67,25 @@ def judge_inverse(key: torch.Tensor, made: torch.Tensor, value: torch.Tensor, dt
     return Verdict(condition, nmse, None)
 
 
-def samples(size: int) -> torch.Tensor:
-    """Normal vectors [n, size], always the same: what stands behind a norm is about of their size."""
+def samples(weights: Mapping[str, Weight], prefix: str, attention: Attention) -> torch.Tensor:
+    """What maps of `attention` may read [n, in_size]: normal vectors, always the same, with gain and bias of its norm.
+
+    What a norm gives before its gain is of their size; without a norm theirs is as good as any.
+    """
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(_SAMPLES, size, dtype=torch.float64, generator=generator)
+    x = torch.randn(_SAMPLES, attention.in_size, dtype=torch.float64, generator=generator)
+    pre = attention.pre
+    if pre is None:
+        return x
+    x = x * gain_of(weights, f"{prefix}pre", pre)
+    return x + exact(weights[f"{prefix}pre.bias"]) if pre.bias else x
+
+
+def gain_of(weights: Mapping[str, Weight], name: str, norm: Norm) -> torch.Tensor:
+    """What the norm called `name` multiplies by, in float64 [size]."""
+    if not norm.weight:
+        return torch.ones(norm.size, dtype=torch.float64)
+    return exact(weights[f"{name}.weight"]) + float(norm.kind in ONE_PLUS)
 
 
 def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -98,7 +98,7 @@ def _refusal(draft: Draft, prefix: str, attention: Attention, dtype: str) -> str
     if not all(bool(torch.isfinite(each).all()) for each in (value, output)):
         return "it has values that are NaN or infinite"
     found, basis = _values(attention, value)
-    x = samples(value.shape[1])
+    x = samples(draft.weights, prefix, attention)
     plain = _outputs(attention, x @ value.T, output)
     changed = _outputs(attention, x @ rounded(found, dtype).T, rounded(_in_basis(attention, output, basis), dtype))
     nmse = float((changed - plain).square().mean() / plain.square().mean())

@@ -10,7 +10,7 @@ from pyruntime.checkpoint import Model
 from pyruntime.checkpoint.computed import exact
 from pyruntime.errors import UsageError
 from pyruntime.passes.fold.draft import Draft, check_dtype
-from pyruntime.passes.fold.gate import judge_inverse
+from pyruntime.passes.fold.gate import judge_inverse, samples
 from pyruntime.passes.fold.matrices import matrix
 from pyruntime.spec import Attention, Cached, Linear
 
@@ -62,11 +62,15 @@ def _keys_only(draft: Draft, index: int, prefix: str, attention: Attention, dtyp
     where, weights = f"attention {index}", draft.weights
     sources = (weights[f"{prefix}k.weight"], weights[f"{prefix}v.weight"])
     key, value = matrix(k, exact(sources[0])), matrix(v, exact(sources[1]))
-    verdict = judge_inverse(key, _values_of_keys(key, value), value, dtype)
+    added = exact(weights[f"{prefix}k.bias"]) if k.bias else 0.0
+    x = samples(weights, prefix, attention)
+    verdict = judge_inverse(key, _values_of_keys(key, value), value, dtype, x, added)
     if verdict.refused is not None and not (force and verdict.condition < torch.inf):
         draft.leave(f"refused in {dtype} ({verdict.refused})", where)
         return
     draft.rewritten.append(f"{where} caches its keys")
+    if verdict.refused is not None:
+        draft.forced.append(where)
     draft.notes.append(f"{where}: {'forced, ' if verdict.refused else ''}{verdict.line()} in {dtype}")
 
     def made(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -121,12 +121,20 @@ def _tabulate(draft: Draft, prefix: str, attention: Attention) -> int:
 
     def formula(table: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         own = _own(attention, roles, values)
-        return torch.cat([_queries_keys_values(attention, own, rows * scale) for rows in table.split(_ROWS)])
+        return _by_rows(table, width, lambda rows: _queries_keys_values(attention, own, rows * scale))
 
     like = draft.weights[f"{prefix}{names[0]}.weight"] if names else embedding
     sources = (embedding, *(draft.weights[prefix + role] for role in roles))
     draft.compute(f"{prefix}table.weight", (draft.embedding.vocab_size, width), like, formula, *sources)
     return width
+
+
+def _by_rows(table: torch.Tensor, width: int, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`compute` of each row of `table`, [rows, width]; some rows at a time, so that nothing is there twice."""
+    found = table.new_empty(len(table), width)
+    for into, rows in zip(found.split(_ROWS), table.split(_ROWS), strict=True):
+        into.copy_(compute(rows))
+    return found
 
 
 def _queries_keys_values(attention: Attention, own: Own, x: torch.Tensor) -> torch.Tensor:
@@ -143,11 +151,15 @@ def _note_reads(draft: Draft, before: Model, width: int) -> None:
     # matrices alone, as the paper counts
     weights = sum(math.prod(shape) for shape in gone if len(shape) > 1)
     old, new = before.spec.embedding.size, draft.embedding.size + width
-    shares = ", ".join(f"{(weights + n * old) / (n * new):,.0f}x for {n}" for n in (1, 16, 256))
+    shares = ", ".join(f"{_times((weights + n * old) / (n * new))} for {n}" for n in (1, 16, 256))
     draft.notes.append(
         f"matrices of {weights:,} weights are gone from the first layer; up to its scores a step of one token reads "
         f"{new:,} values where it read {weights + old:,} (less by tokens in a step: {shares})"
     )
+
+
+def _times(share: float) -> str:
+    return f"{share:,.0f}x" if share >= 10 else f"{share:.2g}x"
 
 
 def _token_only_part(draft: Draft, layer: Layer) -> tuple[Layer, str | None]:
@@ -191,7 +203,7 @@ def _embed_behind(draft: Draft, layers: Sequence[Layer]) -> None:
         left = iter(values)
         owns = [_own(each, own, [next(left) for _ in own]) for (_, _, each), own in zip(parts, roles, strict=True)]
         bodies = list(zip(parts, owns, strict=True))
-        return torch.cat([_stream(bodies, rows * scale) for rows in table.split(_ROWS)])
+        return _by_rows(table, size, lambda rows: _stream(bodies, rows * scale))
 
     table = draft.weights["embedding.weight"]
     size = parts[-1][2].out_size

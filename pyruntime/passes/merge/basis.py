@@ -117,9 +117,14 @@ class Rotated:
 
 @dataclass(slots=True)
 class Memo:
-    """The change that was computed last: writers and readers of one boundary are asked for one after the other."""
+    """The `size` changes that were asked for last, latest first.
 
-    last: tuple[Basis, Change] | None = field(default=None, repr=False)
+    Writers and readers of one boundary are asked for one after the other, but those of parallel layers by turns with
+    those of the next boundary: there two are needed.
+    """
+
+    size: int
+    recent: list[tuple[Basis, Change]] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,8 +168,12 @@ class Basis:
 
     def change(self, *sources: torch.Tensor) -> Change:
         """The change, given what `sources` hold."""
-        if self.memo.last is None or self.memo.last[0] is not self:
-            # the old one goes before the new one takes its memory
-            self.memo.last = None
-            self.memo.last = (self, self.make(*self.matrix(*sources)))
-        return self.memo.last[1]
+        recent = self.memo.recent
+        place = next((i for i, (basis, _) in enumerate(recent) if basis is self), None)
+        if place is None:
+            # an old one goes before the new one takes its memory
+            del recent[self.memo.size - 1 :]
+            recent.insert(0, (self, self.make(*self.matrix(*sources))))
+        else:
+            recent.insert(0, recent.pop(place))
+        return recent[0][1]

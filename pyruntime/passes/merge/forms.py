@@ -88,6 +88,8 @@ def output(model: Model, index: int, form: Form, memo: Memo) -> Candidate:
     attention = attention_of(layer)
     if attention.o is None:
         raise Impossible("the attention has no output projection any more")
+    if attention.table and attention.o.in_features != attention.o.out_features:
+        raise Impossible("an attention with a table stands on a stream as wide as its output, which would change")
     parallel = layer.parallel and layer.mlp is not None
     boundary = boundary_after(model.spec, index) if parallel else boundary_inside(model.spec, index)
     name = sublayer_prefix(index, "attention") + "o"

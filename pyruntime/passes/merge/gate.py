@@ -10,17 +10,18 @@ import torch
 
 from pyruntime.checkpoint import Model
 from pyruntime.checkpoint.computed import exact
+from pyruntime.passes.fold.cancel import largest_change
+from pyruntime.passes.fold.draft import Draft
+from pyruntime.passes.fold.gate import CHANGE_LIMITS
 from pyruntime.passes.merge.basis import Change
 from pyruntime.passes.merge.forms import Candidate
 from pyruntime.passes.merge.options import MAX_COND, MAX_NMSE, Measured
-from pyruntime.passes.merge.stream import Map
-from pyruntime.spec import Norm, NormKind
+from pyruntime.passes.merge.stream import Impossible, Map, attention_of
+from pyruntime.spec import Norm, NormKind, sublayer_prefix
 
 # rows of the sample, and of each large matrix the inputs or outputs that it looks at
-_ROWS: Final = 128
-_SIDE: Final = 512
-# the relative change of a query, key or value that a cancelled norm may leave behind
-MAX_DRIFT: Final = 1e-3
+NUM_ROWS: Final = 128
+SIDE: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +68,20 @@ def _apply(affine: _Affine, x: torch.Tensor, precision: Precision) -> torch.Tens
     return y if bias is None else y + precision.weight(bias)
 
 
-def measure(model: Model, candidate: Candidate, precision: Precision, seed: int) -> Measured:
-    """Condition number and errors of `candidate`, the inputs of the writers being normal with unit variance.
+def measure(
+    model: Model, candidate: Candidate, precision: Precision, index: int, streams: Mapping[int, torch.Tensor]
+) -> Measured:
+    """Condition number and errors of `candidate` of layer `index`, inputs of writers normal with unit variance.
 
-    Where the embedding writes the stream, its own rows are the sample.
+    Where the embedding writes the stream, its own rows are the sample; `streams` are those of `MergeOptions`. Raises
+    Impossible where a norm would be cancelled and none of them says what it reads.
     """
+    drift = _drift(model, index, streams) if candidate.cancelled else None
     change = candidate.basis.change(*map(exact, candidate.basis.sources))
     cond = change.cond
     if cond is not None and not cond < float("inf"):
-        return Measured(cond, float("nan"), float("nan"))
-    generator = torch.Generator().manual_seed(seed)
+        return Measured(cond, float("nan"), float("nan"), drift)
+    generator = torch.Generator().manual_seed(index)
     inputs, before = _before(model, candidate, generator)
     # what the inputs lose by rounding is no fault of the merge
     inputs = [precision.stream(x).double() for x in inputs]
@@ -84,14 +89,13 @@ def measure(model: Model, candidate: Candidate, precision: Precision, seed: int)
     expected = _compared(candidate, before.run(inputs, EXACT))
     found = _compared(candidate, _columns(candidate, after.run(inputs, precision)))
     baseline = _compared(candidate, before.run(inputs, precision))
-    drift = _drift(candidate, before, inputs) if candidate.cancelled else None
     return Measured(cond, _worst_nmse(found, expected), _worst_nmse(baseline, expected), drift)
 
 
 def passes(measured: Measured, precision: Precision) -> bool:
     """Whether the measured merge may be done; NaN never may."""
     conditioned = measured.cond is None or measured.cond <= MAX_COND[precision.run]
-    undrifted = measured.drift is None or measured.drift <= MAX_DRIFT
+    undrifted = measured.drift is None or measured.drift <= CHANGE_LIMITS[precision.run]
     return conditioned and undrifted and measured.nmse <= MAX_NMSE
 
 
@@ -107,7 +111,7 @@ def _before(model: Model, candidate: Candidate, generator: torch.Generator) -> t
     readers = {each.name: _outputs(model, candidate, each, generator) for each in boundary.readers}
     if not boundary.writers:
         table = exact(model.weights["embedding.weight"]) * model.spec.embedding.scale
-        rows = table[torch.randperm(len(table), generator=generator)[:_ROWS]]
+        rows = table[torch.randperm(len(table), generator=generator)[:NUM_ROWS]]
         if model.spec.embedding.positions is not None:
             places = exact(model.weights["embedding.position.weight"])
             rows = rows + places[torch.randint(len(places), (len(rows),), generator=generator)]
@@ -116,9 +120,9 @@ def _before(model: Model, candidate: Candidate, generator: torch.Generator) -> t
     writers: list[_Affine] = []
     for writer in boundary.writers:
         matrix, bias = exact(writer.weight(model)).T, writer.bias(model)
-        if writer.name not in candidate.gone and len(matrix) > _SIDE:
-            matrix = matrix[torch.randperm(len(matrix), generator=generator)[:_SIDE]]
-        inputs.append(torch.randn(_ROWS, len(matrix), dtype=torch.float64, generator=generator))
+        if writer.name not in candidate.gone and len(matrix) > SIDE:
+            matrix = matrix[torch.randperm(len(matrix), generator=generator)[:SIDE]]
+        inputs.append(torch.randn(NUM_ROWS, len(matrix), dtype=torch.float64, generator=generator))
         writers.append((matrix, None if bias is None else exact(bias)))
     return inputs, _Path(writers, boundary.norm, readers)
 
@@ -127,9 +131,9 @@ def _outputs(model: Model, candidate: Candidate, reader: Map, generator: torch.G
     matrix, bias = exact(reader.weight(model)).T, reader.bias(model)
     offset = None if bias is None else exact(bias)
     whole = reader.name in candidate.gone | candidate.triangular or reader.name.endswith((".q", ".k", ".v"))
-    if whole or matrix.shape[1] <= _SIDE:
+    if whole or matrix.shape[1] <= SIDE:
         return matrix, offset
-    part = torch.randperm(matrix.shape[1], generator=generator)[:_SIDE]
+    part = torch.randperm(matrix.shape[1], generator=generator)[:SIDE]
     return matrix[:, part], None if offset is None else offset[part]
 
 
@@ -201,20 +205,15 @@ def _normed_heads(norm: Norm, values: torch.Tensor) -> torch.Tensor:
     return normed.flatten(1)
 
 
-def _drift(candidate: Candidate, before: _Path, inputs: list[torch.Tensor]) -> float:
-    """eps/2 |1 - c^2| / (c^2 M), the worst over rows and heads: c scales the row, M is the mean square of a head."""
-    assert candidate.boundary.norm is not None
-    stream = _Path(before.writers, None, {"stream": _NOTHING}).run(inputs, EXACT)["stream"]
-    c2 = 1 / (stream.square().mean(-1) + candidate.boundary.norm.eps)
-    worst = 0.0
-    for name, (matrix, _) in before.readers.items():
-        norm = candidate.cancelled[name[-1]]
-        means = (stream @ _present(matrix)).unflatten(1, (-1, norm.size)).square().mean(-1)  # [rows, heads]
-        # a row of zeros stays one
-        means[stream.square().sum(-1) == 0] = float("inf")
-        drift = norm.eps / 2 * ((1 - c2).abs() / c2)[:, None] / means
-        worst = max(worst, float(drift.max()))
-    return worst
+def _drift(model: Model, index: int, streams: Mapping[int, torch.Tensor]) -> float:
+    """Largest change of a normed value by the epsilon that a cancelled norm leaves behind."""
+    if index not in streams:
+        raise Impossible(
+            "the norms of q, k and v undo the norm before them but for their epsilon, and without streams that the "
+            "attention really reads (MergeOptions.streams) nothing is known of its effect"
+        )
+    attention = attention_of(model.spec.layers[index])
+    return largest_change(Draft.of(model), sublayer_prefix(index, "attention"), attention, streams[index].double())
 
 
 def _normed(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
@@ -232,7 +231,8 @@ def _worst_nmse(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 
 
 def _nmse(found: torch.Tensor, expected: torch.Tensor) -> float:
-    power = float(expected.square().sum())
+    # a bias carries nothing: what differs from row to row does
+    power = float((expected - expected.mean(0)).square().sum())
     error = float((found - expected).square().sum())
     # a map of zeros is met by zeros
     return 0.0 if error == power == 0.0 else error / power if power > 0.0 else float("inf")

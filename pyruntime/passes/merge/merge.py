@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -12,10 +13,11 @@ import torch
 from pyruntime.checkpoint import Model
 from pyruntime.errors import RunError, UsageError
 from pyruntime.passes.fold import fold_norms
+from pyruntime.passes.fold.gate import CHANGE_LIMITS
 from pyruntime.passes.merge.basis import Memo
-from pyruntime.passes.merge.budget import check_budget
+from pyruntime.passes.merge.budget import check_budget, num_changes
 from pyruntime.passes.merge.forms import Candidate, entry, output, rewrite
-from pyruntime.passes.merge.gate import MAX_DRIFT, Precision, invertible, measure, passes
+from pyruntime.passes.merge.gate import Precision, invertible, measure, passes
 from pyruntime.passes.merge.options import (
     MAX_COND,
     MAX_NMSE,
@@ -28,7 +30,7 @@ from pyruntime.passes.merge.options import (
     MergeReport,
 )
 from pyruntime.passes.merge.stream import Impossible, Singular, apply
-from pyruntime.spec import ModelSpec, weight_shapes
+from pyruntime.spec import EXPERT_MAPS, ModelSpec, MoE, weight_shapes
 
 _DTYPES: Final = tuple(MAX_COND)
 _ENTRIES: Final[dict[MergeKind, tuple[Form, ...]]] = {
@@ -49,10 +51,13 @@ _OUTPUTS: Final[dict[MergeKind, tuple[Form, ...]]] = {
 # tried in this order where the form asked for does not pass
 _FALL_BACK: Final = (Form.PIVOTED, Form.K, Form.V)
 _NO_INVERSE: Final = Measured(float("inf"), float("nan"), float("nan"))
+_SQUARE: Final = (MergeKind.K_P, MergeKind.V_P)
 _BEHIND_NORMS: Final = (MergeKind.TRIANGULAR, MergeKind.AUTO)
 _NAMES: Final = {Form.Q: "Q", Form.K: "K", Form.V: "V", Form.P: "P", Form.PIVOTED: "the chosen columns of [Q|K|V]"}
 
 
+# ratio of errors up to which auto takes Q, whose columns need no map
+_ABOUT_AS_ACCURATE: Final = 2.0
 _DEFAULT: Final = MergeOptions()
 
 
@@ -60,11 +65,11 @@ def merge(model: Model, options: MergeOptions = _DEFAULT, progress: Callable[[in
     """`model` with projections merged into their neighbours: the same function, fewer weights. Its last report tells.
 
     Exact for layers without residuals (Graef, "Transformer tricks: Removing weights for skipless transformers", arXiv
-    2404.12362), also behind RMSNorm in the triangular form. Weights are read once here for the gate and once more,
-    layer by layer, when the result is read. `progress` is called with (layers done, layers in all).
+    2404.12362), also behind RMSNorm in the triangular form. Weights are read here for each form that the gate measures,
+    and again, layer by layer, when the result is read. `progress` is called with (layers done, layers in all).
 
-    Raises UsageError MERGE where nothing can be merged or K or V is not square, RunError MERGE_ILL_CONDITIONED where
-    the gate refuses, RunError MEMORY where a layer needs more than `max_memory`.
+    Raises UsageError MERGE where nothing can be merged, or no K or V that was asked for, RunError MERGE_ILL_CONDITIONED
+    where the gate refuses, RunError MEMORY where a layer needs more than `max_memory`.
     """
     merger = _Merger.of(model, options)
     check_budget(model.spec, merger.dtype, options.max_memory)
@@ -77,11 +82,30 @@ def merge(model: Model, options: MergeOptions = _DEFAULT, progress: Callable[[in
         rows.append(row)
         if progress is not None:
             progress(len(rows), len(model.spec.layers))
-    if all(row.entry is None and row.output is None for row in rows):
+    # who asks for K or V must be told, though P went
+    square = options.kind in _SQUARE
+    if all(row.entry is None and (square or row.output is None) for row in rows):
         raise UsageError("MERGE", f"nothing can be merged: {_why(model.spec, options.kind, rows)}")
     return replace(
         merged, dtype=merger.precision.stored, reports=(*model.reports, _report(model, merged, options, rows))
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """What a form makes of the model, and what the gate says of it."""
+
+    form: Form
+    merged: Model
+    measured: Measured
+    complaint: str
+    passed: bool
+
+
+def _preferred(pivoted: _Tried, q: _Tried) -> bool:
+    """Whether the pivoted form saves as much and Q costs far more accuracy."""
+    saves = read_per_token(pivoted.merged.spec) <= read_per_token(q.merged.spec)
+    return pivoted.passed and saves and q.measured.nmse > _ABOUT_AS_ACCURATE * pivoted.measured.nmse
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +116,7 @@ class _Merger:
     gate: GateMode
     precision: Precision
     memo: Memo
+    streams: Mapping[int, torch.Tensor]
 
     @classmethod
     def of(cls, model: Model, options: MergeOptions) -> _Merger:
@@ -100,9 +125,8 @@ class _Merger:
         for name in (stored, run):
             if name not in _DTYPES:
                 raise UsageError("DTYPE", f"dtype {name!r} is not known; expected one of {', '.join(_DTYPES)}")
-        if options.kind in (MergeKind.K_P, MergeKind.V_P):
-            _check_square(model.spec, options.kind)
-        return cls(options.kind, options.gate_mode, Precision(run, stored), Memo())
+        memo = Memo(num_changes(model.spec))
+        return cls(options.kind, options.gate_mode, Precision(run, stored), memo, options.streams)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,27 +153,38 @@ class _Merger:
                 continue
             label = _label(form, at_output)
             try:
-                candidate = self._candidate(model, row.index, form, at_output)
-                merged = self._worth(model, candidate)
-                measured = measure(model, candidate, self.precision, row.index)
-            except Singular as reason:
-                measured, complaint = _NO_INVERSE, str(reason)
+                tried = self._try(model, row.index, form, at_output)
             except Impossible as reason:
                 against.setdefault(str(reason), []).append(label)
                 continue
-            else:
-                complaint = _complaint(form, measured, self.precision)
-            fine = passes(measured, self.precision)
-            if fine or (self.gate is GateMode.FORCE and invertible(measured)):
-                notes = _lines(against) if refused else []
-                return merged, _done(row, form, measured, at_output, not fine, notes)
+            if tried.passed or (self.gate is GateMode.FORCE and invertible(tried.measured)):
+                return self._taken(model, row, tried, at_output, _lines(against) if refused else [])
             if self.gate is not GateMode.FALL_BACK:
-                raise RunError(
-                    "MERGE_ILL_CONDITIONED", f"layer {row.index}: {label}: {complaint}; {_advice(self.gate)}"
-                )
-            against.setdefault(complaint, []).append(label)
+                advice = _advice(self.gate, tried.measured)
+                raise RunError("MERGE_ILL_CONDITIONED", f"layer {row.index}: {label}: {tried.complaint}; {advice}")
+            against.setdefault(tried.complaint, []).append(label)
             refused = True
         return model, replace(row, notes=(*row.notes, *_lines(against)))
+
+    def _try(self, model: Model, index: int, form: Form, at_output: bool) -> _Tried:
+        """One form, measured. Raises Impossible."""
+        try:
+            candidate = self._candidate(model, index, form, at_output)
+            merged = self._worth(model, candidate)
+            measured = measure(model, candidate, self.precision, index, self.streams)
+        except Singular as reason:
+            return _Tried(form, model, _NO_INVERSE, str(reason), False)
+        complaint = _complaint(form, measured, self.precision)
+        return _Tried(form, merged, measured, complaint, passes(measured, self.precision))
+
+    def _taken(
+        self, model: Model, row: LayerMerge, tried: _Tried, at_output: bool, notes: Sequence[str]
+    ) -> tuple[Model, LayerMerge]:
+        if self.kind is MergeKind.AUTO and tried.form is Form.Q and tried.passed:
+            with contextlib.suppress(Impossible):
+                other = self._try(model, row.index, Form.PIVOTED, at_output)
+                tried = other if _preferred(other, tried) else tried
+        return tried.merged, _done(row, tried.form, tried.measured, at_output, not tried.passed, notes)
 
     def _candidate(self, model: Model, index: int, form: Form, at_output: bool) -> Candidate:
         if not at_output:
@@ -177,20 +212,19 @@ class _Merger:
 
 
 def read_per_token(spec: ModelSpec) -> int:
-    """Weights that decoding one token reads: all but the tables that it looks one row up in."""
-    shapes = weight_shapes(spec)
-    looked_up = ("embedding.position.weight",) if spec.head.tied else ("embedding.weight", "embedding.position.weight")
-    return sum(math.prod(shape) for name, shape in shapes.items() if name not in looked_up)
-
-
-def _check_square(spec: ModelSpec, kind: MergeKind) -> None:
-    for index, attention in spec.attentions():
-        if attention.kv_size != attention.in_size:
-            raise UsageError(
-                "MERGE",
-                f"layer {index}: {kind.value[0].upper()} is {attention.in_size}x{attention.kv_size} and cannot be "
-                "inverted; with fewer key-value heads than query heads only Q can be merged (--kind q+p or pivoted)",
-            )
+    """Weights that decoding one token reads: not the tables that it looks one row up in, nor experts it passes by."""
+    looked_up = {"embedding.position.weight"} if spec.head.tied else {"embedding.weight", "embedding.position.weight"}
+    found = sum(
+        math.prod(shape)
+        for name, shape in weight_shapes(spec).items()
+        if name not in looked_up and not name.endswith(".table.weight")
+    )
+    for layer in spec.layers:
+        if isinstance(layer.mlp, MoE):
+            maps = [getattr(layer.mlp, name) for name in EXPERT_MAPS]
+            expert = sum(math.prod(each.weight_shape) + each.bias * each.out_features for each in maps)
+            found -= (layer.mlp.num_experts - layer.mlp.top_k) * expert
+    return found
 
 
 def _has_gains(spec: ModelSpec) -> bool:
@@ -224,11 +258,13 @@ def _complaint(form: Form, measured: Measured, precision: Precision) -> str:
         limit = MAX_COND[precision.run]
         parts.insert(0, f"condition number {measured.cond:.3g} of {_NAMES[form]} (at most {limit:.0e})")
     if measured.drift is not None:
-        parts.append(f"change by the norm's epsilon {measured.drift:.2g} (at most {MAX_DRIFT:.0e})")
+        parts.append(f"change by the norm's epsilon {measured.drift:.2g} (at most {CHANGE_LIMITS[precision.run]:.0e})")
     return f"{', '.join(parts)} in {precision.run}"
 
 
-def _advice(gate: GateMode) -> str:
+def _advice(gate: GateMode, measured: Measured) -> str:
+    if measured.cond is None:
+        return "nothing is inverted here, so this is an overflow or NaN in the weights: choose a wider --store-dtype"
     if gate is GateMode.FORCE:
         return "what has no inverse cannot be forced: merge P alone (--kind p) or choose --gate fall-back"
     return "choose --kind pivoted, --gate fall-back, a wider --dtype, or --gate force"
@@ -241,7 +277,7 @@ def _report(model: Model, merged: Model, options: MergeOptions, rows: Sequence[L
         name=f"merge ({options.kind.value})",
         removed=tuple(_removed(rows)),
         num_weights=before - after,
-        weight_bytes=sum(weight.num_bytes for weight in model.weights.values()) - after * itemsize,
+        weight_bytes=(before - after) * itemsize,
         kv_values_per_token=0,
         notes=tuple(_notes(model, merged, rows)),
         layers=tuple(rows),
@@ -252,6 +288,8 @@ def _report(model: Model, merged: Model, options: MergeOptions, rows: Sequence[L
 
 def _why(spec: ModelSpec, kind: MergeKind, rows: Sequence[LayerMerge]) -> str:
     reason = next((f"layer {row.index}: {note}" for row in rows for note in row.notes), "there is no attention")
+    if kind in _SQUARE and any(each.kv_size < each.in_size and not each.residual for _, each in spec.attentions()):
+        return f"{reason}; with fewer key-value heads than query heads only Q can be merged (--kind q+p or pivoted)"
     if kind is not MergeKind.AUTO and any(not each.residual for _, each in spec.attentions()):
         return f"{reason}; choose --kind auto, which takes what fits each layer"
     return (

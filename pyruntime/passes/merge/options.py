@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
+
+import torch
 
 from pyruntime.checkpoint import PassReport
 
@@ -56,7 +59,9 @@ class MergeOptions:
     """`gate` None falls back for `AUTO` and refuses otherwise.
 
     `dtype` is what the merged model will run in, `store_dtype` what its weights are rounded to before that; None is the
-    model's own. `max_memory` bounds the bytes that the pass holds at a time.
+    model's own. `max_memory` bounds the bytes that the pass holds at a time. `streams` holds, for each layer whose
+    norms of q, k and v may cancel the one before them, vectors [n, size] that its attention really reads; without them
+    that norm stays.
     """
 
     kind: MergeKind = MergeKind.Q_P
@@ -64,6 +69,7 @@ class MergeOptions:
     dtype: str | None = None
     store_dtype: str | None = None
     max_memory: int | None = None
+    streams: Mapping[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def gate_mode(self) -> GateMode:
@@ -77,7 +83,7 @@ class MergeOptions:
 class Measured:
     """`cond` of the inverted matrix, None without inverse; `nmse` of what the layer computes, `unmerged` before.
 
-    `drift` is the relative change that the epsilon of a cancelled norm leaves behind.
+    `drift` is the largest change of a normed query, key or value by the epsilon that a cancelled norm leaves behind.
     """
 
     cond: float | None

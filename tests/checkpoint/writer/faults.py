@@ -123,15 +123,16 @@ class Case:
         return parent / "out"
 
     def check(self, out: Path, finished: bool, recoverable: bool) -> None:
-        """What is there is old or new and verifies; the next write succeeds and leaves nothing else.
+        """What is there verifies and is new where `finished`, else old; the next write succeeds, leaving nothing else.
 
-        Where old and new cannot change places at once, what is `recoverable` may have lost its name for the moment.
+        What is `recoverable`, since a kill or a disk that refuses everything lets nothing be put back, may be either,
+        and where old and new cannot change places at once, may have lost its name for the moment.
         """
         if self.two_steps and recoverable:
             recover(out)
         found = contents(out)
         old = self.versions[0] if self.before is not None else None
-        assert found == self.versions[1] or (found == old and not finished)
+        assert found in ([self.versions[1]] if finished else [old, self.versions[1]] if recoverable else [old])
         if found is not None:
             verify_manifest(out)
         self.write(out, 1)

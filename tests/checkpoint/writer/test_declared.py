@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from pyruntime.checkpoint import read_model
 from pyruntime.checkpoint.folder import ReadOptions
-from pyruntime.checkpoint.writer import write_pruned
+from pyruntime.checkpoint.writer import write_native, write_pruned
 from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.passes import drop, load_drop_plan
 from pyruntime.spec import DropPlan, ModelSpec, drop_sublayers
@@ -19,7 +20,7 @@ from tests import naive
 from tests.checkpoint.craft import split
 from tests.checkpoint.dialects.tiny import LINEAR, TOKENS, attention, config_of, mlp, spec_of, write
 from tests.helpers import all_logits, make_plan, relative_error
-from tests.specs import as_arrays, random_weights
+from tests.specs import as_arrays, random_model, random_weights
 
 NONE, LINEAR_MAP = {"no_op": True}, {"replace_with_linear": True}
 PLAN = DropPlan(attention=(3,), mlp=(2,))
@@ -136,6 +137,8 @@ def test_zeros_need_the_tensors_of_what_is_declared_as_dropped(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"dialect zeros keeps all tensors.*from the unpruned") as caught:
         write_pruned(compact, PLAN, tmp_path / "out", dialect="zeros")
     assert caught.value.code == "MISSING_TENSOR"
+    # one order, not two that contradict each other
+    assert str(caught.value).count(";") == 1 and "model.layers.0.self_attn.q_proj.weight" in str(caught.value)
     # LLM-Drop itself saves the whole model beside its lists
     whole = write(tmp_path / "whole", config_of(4, **SOURCES["ids"][0]), SOURCES["nothing"][1])
     write_pruned(whole, PLAN, tmp_path / "out", dialect="zeros")
@@ -190,11 +193,19 @@ def test_shards_and_what_the_user_says_of_the_source_are_heeded(tmp_path: Path) 
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
 
 
+def test_our_own_format_is_named_where_it_cannot_do_without_weights(tmp_path: Path) -> None:
+    write_native(random_model(SOURCES["nothing"][1]), tmp_path / "native", dtype="float32")
+    with pytest.raises(UsageError, match=r"native is in pyruntime's own format, which cannot do without") as caught:
+        write_pruned(tmp_path / "native", PLAN, tmp_path / "out", config_only=True)
+    assert caught.value.code == "DIALECT"
+    assert os.listdir(tmp_path) == ["native"]
+
+
 @pytest.mark.parametrize(
     "plan, options, code, words",
     [
         (PLAN, {"dialect": "gguf"}, "DIALECT", "expected one of hf, llm-drop, zeros"),
-        (PLAN, {"dialect": "zeros", "config_only": True}, "DIALECT", "without weights"),
+        (PLAN, {"dialect": "zeros", "config_only": True}, "DIALECT", "'zeros', which cannot do without weights"),
         (DropPlan(attention=(4,)), {}, "DROP", "the layers are 0 to 3"),
         (DropPlan(), {"config_only": True}, "DROP_PLAN", "drops nothing"),
     ],

@@ -31,6 +31,9 @@ def test_a_call_that_fails_leaves_old_or_new(case: Case, forever: bool, tmp_path
         if error is not None:
             num_failed += 1
             assert (error.code, error.exit_code) == ("IO", 5)
+            # be it under another name, what was there is still there
+            folders = [contents(path) for path in out.parent.iterdir()]
+            assert case.before is None or case.versions[0] in folders
             left = [name for name in os.listdir(out.parent) if name.endswith(("-tmp", "-old"))]
             assert all(name in str(error) for name in left)
             # a disk that works again lets nothing lie about

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import stat
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import pyruntime
 from pyruntime.checkpoint import read_model
 from pyruntime.checkpoint.atomic import Disk
 from pyruntime.checkpoint.manifest import MANIFEST, verify_manifest
-from pyruntime.checkpoint.writer import recover, write_pruned
+from pyruntime.checkpoint.writer import check_target, recover, write_pruned
 from pyruntime.checkpoint.writer.dialects import WriteDialect, config_in
 from pyruntime.cli.main import run
 from pyruntime.errors import CheckpointError, RunError, UsageError
@@ -95,10 +96,75 @@ def test_what_must_not_be_replaced_is_refused_even_if_it_may_be_overwritten(
 ) -> None:
     out, word = places(source, tmp_path)[name]
     before, names = fingerprint(source), sorted(os.listdir(tmp_path))
-    with pytest.raises(UsageError, match=word) as caught:
-        write_pruned(source, PLAN, out, overwrite=True)
-    assert (caught.value.code, caught.value.exit_code) == ("OUTPUT", 2)
+    for refuse in (lambda: write_pruned(source, PLAN, out, overwrite=True), lambda: check_target(out, [source], True)):
+        with pytest.raises(UsageError, match=word) as caught:
+            refuse()
+        assert (caught.value.code, caught.value.exit_code) == ("OUTPUT", 2)
     assert (fingerprint(source), sorted(os.listdir(tmp_path))) == (before, names)
+
+
+# beside config.json and, or not, a manifest of ours
+FOREIGN = ("thesis.tex", ".cache/x", "original/x", "src/", "main.py", "pytorch_model.bin", "chapter.md", ".env", "link")
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["with our manifest", "without"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_that_holds_anything_but_a_checkpoint_is_not_overwritten(
+    source: Path, tmp_path: Path, name: str, ours: bool
+) -> None:
+    out = tmp_path / "out"
+    write_pruned(source, PLAN, out)
+    if not ours:
+        (out / MANIFEST).unlink()
+    first = name.partition("/")[0]
+    if name == "link":
+        (out / name).symlink_to(source)
+    elif "/" in name:
+        (out / first).mkdir()
+    if not name.endswith("/") and name != "link":
+        (out / name).write_text("x")
+    before = sorted(out.rglob("*"))
+    for refuse in (lambda: write_pruned(source, PLAN, out, overwrite=True), lambda: check_target(out, [source], True)):
+        with pytest.raises(UsageError, match=re.escape(repr(first))) as caught:
+            refuse()
+        assert caught.value.code == "OUTPUT"
+    assert sorted(out.rglob("*")) == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_checkpoint_of_the_hub_is_overwritten(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_pruned(source, PLAN, out, shard_bytes=20_000)
+    (out / MANIFEST).unlink()
+    for name in ("README.md", "LICENSE.txt", ".gitattributes", "tokenizer.model", "chat_template.jinja"):
+        (out / name).write_text("x")
+    check_target(out, [source], overwrite=True)
+    write_pruned(source, PLAN, out, overwrite=True)
+    assert not (out / "README.md").exists()
+    verify_manifest(out)
+
+
+def test_what_comes_into_the_old_folder_during_the_write_is_not_lost(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_pruned(source, PLAN, out)
+
+    def save(done: int, total: int) -> None:
+        (out / "thesis.tex").write_text("x")
+
+    with pytest.raises(UsageError, match=r"'thesis\.tex'"):
+        write_pruned(source, DropPlan(), out, overwrite=True, progress=save)
+    assert (out / "thesis.tex").read_text() == "x"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_target_is_checked_without_a_trace(source: Path, tmp_path: Path) -> None:
+    check_target(tmp_path / "out", [source], overwrite=False)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        check_target(tmp_path / "out", [source], overwrite=False)
+    check_target(tmp_path / "out", [source], overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_folder_that_exists_is_refused_unless_it_may_be_overwritten(source: Path, tmp_path: Path) -> None:
@@ -116,9 +182,10 @@ def test_a_folder_that_exists_is_refused_unless_it_may_be_overwritten(source: Pa
 
 @pytest.mark.parametrize("out", ["/proc/pruned", "/nowhere/at/all/pruned"])
 def test_a_parent_that_cannot_be_written_is_an_error_of_the_disk(source: Path, out: str) -> None:
-    with pytest.raises(RunError, match=f"cannot write {out}: E") as caught:
-        write_pruned(source, PLAN, Path(out))
-    assert (caught.value.code, caught.value.exit_code) == ("IO", 5)
+    for refuse in (lambda: write_pruned(source, PLAN, Path(out)), lambda: check_target(Path(out), [source], False)):
+        with pytest.raises(RunError, match=f"cannot write {out}: E") as caught:
+            refuse()
+        assert (caught.value.code, caught.value.exit_code) == ("IO", 5)
 
 
 def test_room_is_asked_for_before_anything_is_written(

@@ -14,8 +14,7 @@ OF_OS = {
     "rename", "renames", "replace", "mkdir", "makedirs", "unlink", "remove", "rmdir", "removedirs", "write", "pwrite",
     "truncate", "ftruncate", "link", "symlink", "fsync",
 }  # fmt: skip
-# but not mkdir: an empty folder is nobody's result
-OF_PATHS = {"write_text", "write_bytes", "unlink", "rmdir", "rename", "touch", "symlink_to", "hardlink_to"}
+OF_PATHS = {"write_text", "write_bytes", "unlink", "rmdir", "rename", "touch", "symlink_to", "hardlink_to", "mkdir"}
 OF_LIBRARIES = {"save_file", "copyfile", "copytree", "copy2", "rmtree", "move", "savefig", "NamedTemporaryFile"}
 # file and call -> why it may
 ALLOWED = {
@@ -75,6 +74,7 @@ def test_nothing_is_written_by_another_door(path: Path) -> None:
         "from safetensors.torch import save_file\nsave_file(t, path)",
         "import shutil\nshutil.rmtree(path)",
         "os.mkdir(path)",
+        "path.mkdir(parents=True, exist_ok=True)",
     ],
 )
 def test_the_check_sees(source: str) -> None:

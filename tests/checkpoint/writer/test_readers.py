@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pyruntime.checkpoint.manifest import MANIFEST
 from pyruntime.checkpoint.writer import about, write_native, write_pruned
+from pyruntime.checkpoint.writer.dialects import WriteDialect, exact_in
 from pyruntime.cli.main import run
 from pyruntime.spec import DropPlan
 from tests import families
@@ -87,25 +88,51 @@ def said(folder: Path) -> Mapping[str, Any]:
     return made
 
 
+BOTH, OURS = ["pyruntime", "LLM-Drop"], ["pyruntime"]
+LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+MLPS = DropPlan(mlp=(0, 2))
+
+
 @pytest.mark.parametrize(
-    "name, keys, exact",
+    "name, keys, plan, dialect, exact",
     [
-        ("mistral", {}, ["pyruntime", "LLM-Drop"]),
-        ("mistral, old keys", {}, ["pyruntime", "LLM-Drop"]),
-        ("mistral, old keys", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["pyruntime", "LLM-Drop"]),
+        ("mistral", {}, PLAN, "llm-drop", BOTH),
+        ("mistral, old keys", {}, PLAN, "llm-drop", BOTH),
+        ("mistral, old keys", {"rope_scaling": {"type": "linear", "factor": 2.0}}, PLAN, "llm-drop", BOTH),
         # Llama 3.1's rope, and layers that differ, are not known to its classes
-        ("mistral", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}, ["pyruntime"]),
-        ("mistral", {"per_layer_config": {"3": {"sliding_window": 7}}}, ["pyruntime"]),
-        ("phi3", {}, ["pyruntime"]),
+        ("mistral", {"rope_parameters": LINEAR_ROPE}, PLAN, "llm-drop", OURS),
+        ("mistral", {"per_layer_config": {"3": {"sliding_window": 7}}}, PLAN, "llm-drop", OURS),
+        ("phi3", {}, PLAN, "llm-drop", OURS),
+        # nobody counts the tokens without a cache
+        ("mistral", {}, DropPlan(attention=(0, 1, 2, 3)), "llm-drop", OURS),
+        ("mistral", {}, DropPlan(attention=(0, 1, 2)), "llm-drop", BOTH),
+        ("mistral", {"drop_attn_list": [0, 3]}, PLAN, "llm-drop", OURS),
+        # its Gemma 2 chooses windows by the place in the cache
+        ("gemma2", {}, PLAN, "llm-drop", OURS),
+        ("gemma2", {}, MLPS, "llm-drop", BOTH),
+        ("gemma2", {"drop_attn_list": [0]}, MLPS, "llm-drop", OURS),
+        # the lists are there, and so must be the rope where it looks for it
+        ("mistral", {}, PLAN, "hf", OURS),
+        ("mistral, old keys", {}, PLAN, "hf", BOTH),
+        ("mistral", {"rope_theta": 10000.0, "rope_parameters": ...}, PLAN, "hf", BOTH),
+        ("phi3", {}, PLAN, "hf", OURS),
+        ("gemma2", {}, PLAN, "zeros", ["every reader of the unpruned model"]),
     ],
 )
 def test_the_manifest_says_whether_llm_drop_is_exact(
-    name: str, keys: dict[str, Any], exact: list[str], tmp_path: Path
+    name: str, keys: dict[str, Any], plan: DropPlan, dialect: str, exact: list[str], tmp_path: Path
 ) -> None:
     families.make(VARIANTS[name], tmp_path / "source")
     reconfigure(tmp_path / "source", **keys)
-    write_pruned(tmp_path / "source", PLAN, tmp_path / "out", dialect="llm-drop")
+    write_pruned(tmp_path / "source", plan, tmp_path / "out", dialect=dialect)
     assert said(tmp_path / "out")["exact_in"] == exact
+
+
+@pytest.mark.parametrize("model_type", ["baichuan", "deepseek"])
+def test_llm_drop_cannot_generate_where_it_forgets_a_variable(model_type: str) -> None:
+    config = {"model_type": model_type, "num_hidden_layers": 4}
+    assert exact_in(WriteDialect.LLM_DROP, config, MLPS) == tuple(BOTH)
+    assert exact_in(WriteDialect.LLM_DROP, config, DropPlan(attention=(1,))) == tuple(OURS)
 
 
 def test_verify_says_what_a_folder_is_and_for_whom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
