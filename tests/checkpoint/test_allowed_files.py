@@ -188,7 +188,11 @@ def test_weights_are_looked_through_once_and_only_where_asked(
         load.load(folder, check_weights="yes")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("harm", [overwrite, append, lambda path: os.truncate(path, 0), os.unlink], ids=str)
+def truncate(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("harm", [overwrite, append, truncate, os.unlink], ids=lambda harm: harm.__name__)
 def test_a_file_that_changes_after_loading_has_no_effect(
     text_model: tuple[Path, Any], tmp_path: Path, harm: Callable[[Path], object]
 ) -> None:
