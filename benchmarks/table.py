@@ -148,11 +148,28 @@ def of_sample(row: Mapping[str, Any], command: Sequence[str]) -> Figure:
     )
 
 
+def of_skipless(row: Mapping[str, Any], command: Sequence[str]) -> Figure:
+    """A row of models/bench_skipless.py."""
+    return Figure(
+        model=f"{row['shape']} without skips, {row['layers']} layers",
+        dtype=row["dtype"],
+        target="cpu",
+        case=f"{row['case']}, {row['form']}",
+        seconds=row["merged_seconds"],
+        against="unmerged",
+        against_seconds=row["unmerged_seconds"],
+        predicted=row["predicted"],
+        fraction=statistics.median(row["merged_fraction_of_read_bandwidth"]),
+        ceiling="read",
+    )
+
+
 # kind -> title, what makes a figure of a row
 KINDS: Final[Mapping[str, tuple[str, Callable[[Mapping[str, Any], Sequence[str]], Figure]]]] = {
     "transformers": ("pyruntime beside eager transformers, the same weights", of_transformers),
     "drops": ("A pruned model beside the dense one", of_drops),
     "shapes": ("Published shapes with random weights", of_shapes),
+    "skipless": ("Q and P merged away, random weights", of_skipless),
     "sample": ("The choice of the next token, compiled beside torch", of_sample),
 }
 

@@ -24,7 +24,8 @@ def print_points(points: Sequence[Point], about: Mapping[str, Any]) -> None:
         f"text {about['text']}, {about['num_tokens']} tokens; scored on {about['scored_on']}",
     ]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    # eight figures fit 80 columns only without padding
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for column in (*_COLUMNS[:3], "acc", *_COLUMNS[3:]) if with_tasks else _COLUMNS:
         # a figure is never cut, whatever the width
         table.add_column(column, justify="left" if column == "dropped" else "right", overflow="fold")

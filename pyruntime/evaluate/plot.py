@@ -166,9 +166,9 @@ def _curve(axes: Any, own: Sequence[Point], panel: _Panel, colour: str, marker: 
 def _label(axes: Any, last: Point, panel: _Panel, name: str, colour: str) -> None:
     axes.annotate(
         f"{name}{last.num_dropped}",
-        # above the bar, which may be long
+        # beside the bar, which may be long; blocks end where other curves do, and lie to their right
         (last.speedup, panel.value(last)),
-        (7, 3),
+        (7, -13 if last.target == "block" else 3),
         textcoords="offset points",
         color=colour,
         fontweight="bold",
