@@ -36,7 +36,6 @@ Dtype = Annotated[str, typer.Option("--dtype", help="What to store: auto, float3
 Gate = Annotated[float, typer.Option("--gate", help="Largest NMSE of the logits with weights as stored.", min=0.0)]
 Force = Annotated[bool, typer.Option("--force", help="Take what a gate refuses; the manifest says so.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Rewrite, check and show, write nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of a folder that is there.")]
 
 
 def fold(
@@ -55,7 +54,7 @@ def fold(
     gate: Gate = 5e-4,
     force: Force = False,
     dry_run: DryRun = False,
-    overwrite: Overwrite = False,
+    overwrite: o.Overwrite = False,
     wait: o.Wait = False,
     revision: o.Revision = None,
     prefer: o.Prefer = None,

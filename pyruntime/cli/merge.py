@@ -50,7 +50,6 @@ MaxMemory = Annotated[
     float | None, typer.Option("--max-memory", help="GiB to use at most (default: what is available).", min=0.0)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Measure and show, write nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of a folder that is there.")]
 
 
 def merge(
@@ -62,7 +61,7 @@ def merge(
     gate: Gate = None,
     max_memory: MaxMemory = None,
     dry_run: DryRun = False,
-    overwrite: Overwrite = False,
+    overwrite: o.Overwrite = False,
     wait: o.Wait = False,
     revision: o.Revision = None,
     prefer: o.Prefer = None,

@@ -40,6 +40,7 @@ CheckWeights = Annotated[
     bool | None,
     typer.Option("--check-weights/--no-check-weights", help="Look for NaN and infinity (default: up to 4 GB)."),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of a folder that is there.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for another process that writes the same folder.")]
 EvalText = Annotated[
     Path | None, typer.Option("--text", help="Held-out text: a file, or .jsonl with a text a line.", dir_okay=False)

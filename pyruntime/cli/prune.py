@@ -73,7 +73,6 @@ ScoresFile = Annotated[Path | None, typer.Option("--scores", help="Scores that p
 Text = Annotated[Path | None, typer.Option("--text", help="Text to score on (default: a built-in one).")]
 Dialect = Annotated[str, typer.Option("--dialect", help=f"How the drops are written: {', '.join(WRITE_DIALECTS)}.")]
 ConfigOnly = Annotated[bool, typer.Option("--config-only", help="Write no weights: a drop plan for MODEL.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take the place of a folder that is there.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Choose and show, write nothing.")]
 
 
@@ -103,7 +102,7 @@ def prune(
     drop_plan: o.DropPlanFile = None,
     dialect: Dialect = "hf",
     config_only: ConfigOnly = False,
-    overwrite: Overwrite = False,
+    overwrite: o.Overwrite = False,
     wait: o.Wait = False,
     dry_run: DryRun = False,
     dtype: o.Dtype = "auto",

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from pyruntime.checkpoint import PassReport
+from pyruntime.passes.fold.gate import CONDITION_LIMITS, NMSE_LIMIT
 
 
 class MergeKind(StrEnum):
@@ -49,9 +50,9 @@ class GateMode(StrEnum):
 
 
 # of the matrix that is inverted, by the dtype the model runs in
-MAX_COND: Final = {"bfloat16": 1e3, "float16": 1e4, "float32": 1e6, "float64": 1e12}
+MAX_COND: Final = CONDITION_LIMITS
 # of queries, keys, values and what the MLP makes of its input, in the dtype the model runs in
-MAX_NMSE: Final = 1e-3
+MAX_NMSE: Final = NMSE_LIMIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
