@@ -19,3 +19,20 @@ def dot(a, b, acc):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Wait until the kernel in front has ended. Above this, nothing may be written, and nothing read but weights.
+
+    A kernel of a chain that starts early must call this in every program. Without PDL the launch itself waited.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel take free processors; it waits for this one to end before it reads."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()

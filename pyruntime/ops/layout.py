@@ -33,6 +33,8 @@ class LayoutKind(StrEnum):
     GATED_PANEL_VALUES = "gated panel values"
     PANEL_STARTS = "panel starts"  # int64, where each group of panels starts, of matrices with triangular parts
     GATED_PANEL_STARTS = "gated panel starts"
+    ROWS = "rows"  # matrices one below the other, [outputs, inputs], in the plan's dtype
+    ROW_VALUES = "row values"  # float32, a value for each row
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,24 @@ def matrix_layouts(
     return layouts
 
 
+def row_layouts(
+    name: str, linears: Mapping[str, Linear | None], rows: tuple[int, ...] | None = None
+) -> dict[str, Layout]:
+    """One matrix `name` [outputs, inputs] of the linear maps that exist, by role, or of some `rows` of it.
+
+    Beside it stands `name`.bias, float32, where one of them has a bias. Triangular maps are unpacked.
+    """
+    kept = {role: linear for role, linear in linears.items() if linear is not None}
+    if not kept:
+        return {}
+    sizes = tuple(linear.out_features for linear in kept.values())
+    layouts = {name: Layout(LayoutKind.ROWS, tuple(f"{role}.weight" for role in kept), sizes, rows)}
+    if any(linear.bias for linear in kept.values()):
+        biases = tuple(f"{role}.bias" if linear.bias else None for role, linear in kept.items())
+        layouts[f"{name}.bias"] = Layout(LayoutKind.ROW_VALUES, biases, sizes, rows)
+    return layouts
+
+
 def arrange(layout: Layout, sources: Sequence[Tensor | None]) -> Tensor:
     """The tensor of a layout. Matrices come in the plan's dtype and stay in it; panels are words of 32 bits."""
     match layout.kind:
@@ -107,9 +127,13 @@ def arrange(layout: Layout, sources: Sequence[Tensor | None]) -> Tensor:
             return _panels(layout, _present(sources))
         case LayoutKind.PANEL_STARTS | LayoutKind.GATED_PANEL_STARTS:
             return _starts(layout, _present(sources))
+        case LayoutKind.ROWS:
+            matrices = [unpacked(matrix) for matrix in _present(sources)]
+            return _rows_of(layout, matrices[0] if len(matrices) == 1 else torch.cat(matrices)).contiguous()
+        case LayoutKind.ROW_VALUES:
+            return _rows_of(layout, torch.cat(_values(layout, sources)))
         case LayoutKind.PANEL_VALUES | LayoutKind.GATED_PANEL_VALUES:
-            pairs = zip(sources, layout.sizes, strict=True)
-            values = [torch.zeros(size, device="cpu") if source is None else source.float() for source, size in pairs]
+            values = _values(layout, sources)
             columns = [_by_panel(each[:, None]) for each in values]
             if layout.kind is LayoutKind.GATED_PANEL_VALUES:
                 return torch.stack([column.flatten(1) for column in columns], dim=1).flatten()
@@ -123,6 +147,13 @@ def unpacked(weight: Tensor) -> Tensor:
     size = (math.isqrt(8 * weight.numel() + 1) - 1) // 2
     kept = torch.ones((size, size), dtype=torch.bool, device=weight.device).tril()
     return weight.new_zeros((size, size)).masked_scatter(kept, weight)
+
+
+def _values(layout: Layout, sources: Sequence[Tensor | None]) -> list[Tensor]:
+    """float32 vectors, of zeros where a source is missing."""
+    device = _present(sources)[0].device
+    pairs = zip(sources, layout.sizes, strict=True)
+    return [torch.zeros(size, device=device) if source is None else source.float() for source, size in pairs]
 
 
 def _present(sources: Sequence[Tensor | None]) -> list[Tensor]:
