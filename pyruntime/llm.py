@@ -49,7 +49,7 @@ class LLM:
         drop_plan: DropPlan | Mapping[str, Any] | str | Path | None = None,
         dtype: str = "auto",
         target: str = "auto",
-        device: str = "cpu",
+        device: str = "auto",
         revision: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,

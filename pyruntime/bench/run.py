@@ -151,7 +151,7 @@ def load_shape(
     drops: DropOptions = DropOptions(),
     dtype: str = "auto",
     target: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Loaded:
     """A model of the shape called `name` with random weights, pruned and lowered.
 

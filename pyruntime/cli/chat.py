@@ -22,7 +22,7 @@ def chat(
     drop_plan: o.DropPlanFile = None,
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
-    device: o.Device = "cpu",
+    device: o.Device = "auto",
     max_model_len: o.MaxModelLen = None,
     revision: o.Revision = None,
     prefer: o.Prefer = None,

@@ -36,7 +36,7 @@ def generate(
     drop_plan: o.DropPlanFile = None,
     dtype: o.Dtype = "auto",
     target: o.Target = "auto",
-    device: o.Device = "cpu",
+    device: o.Device = "auto",
     max_model_len: o.MaxModelLen = None,
     revision: o.Revision = None,
     prefer: o.Prefer = None,

@@ -25,8 +25,8 @@ DropPlanFile = Annotated[
     typer.Option("--drop-plan", help="File or folder, in any dialect, that says what to drop; FILE#n chooses in it."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16 or float64.")]
-Target = Annotated[str, typer.Option("--target", help="auto, cpu (C++) or reference (PyTorch).")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, or one card of several: cuda:1.")]
+Target = Annotated[str, typer.Option("--target", help="auto, cuda (GPU kernels), cpu (C++) or reference (PyTorch).")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, or one card of several: cuda:1.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Prefer = Annotated[

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pyruntime.engine.cache import PageAllocator
+from pyruntime.engine.decode import decode, one_row_each
 from pyruntime.engine.detokenize import IncrementalDetokenizer
 from pyruntime.engine.params import SamplingParams
 from pyruntime.engine.request import (
@@ -25,6 +26,7 @@ from pyruntime.engine.schedule import Chunk, Scheduler, SchedulerConfig
 from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.errors import UsageError
 from pyruntime.ops import sample, sample_native
+from pyruntime.ops.gpu.batch import BatchSizes
 from pyruntime.ops.step import SequenceSlice, make_step
 from pyruntime.plan import Plan
 
@@ -38,6 +40,13 @@ class EngineConfig:
     page_size: int = 16
     seed: int = 0
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+def largest_step(config: EngineConfig) -> BatchSizes:
+    """The largest step that the scheduler makes, but for the logits of prompts, which may take more."""
+    limits = config.scheduler
+    num_pages = -(-config.max_model_len // config.page_size)
+    return BatchSizes(limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_num_seqs, num_pages)
 
 
 @dataclass(slots=True)
@@ -62,6 +71,8 @@ class Engine:
         self._allocator = PageAllocator(config.num_pages, config.page_size)
         self._scheduler: Scheduler[RunningSequence] = Scheduler(config.scheduler, self._allocator)
         self._cache = plan.new_cache(config.num_pages, config.page_size)
+        if plan.gpu is not None:
+            plan.gpu.prepare(self._cache, largest_step(config))
         # the reference elsewhere: it also samples float64, and where the logits are
         self._native = sample_native.NativeSampler(plan.vocab_size) if plan.program is not None else None
         self._requests: dict[str, _Request] = {}
@@ -160,6 +171,9 @@ class Engine:
 
     def _compute(self, chunks: Sequence[Chunk[RunningSequence]]) -> list[Advance]:
         slices = [_slice(chunk) for chunk in chunks]
+        if self.plan.gpu is not None and one_row_each(slices) and all(chunk.last for chunk in chunks):
+            decoded = decode(self.plan.gpu, self._cache, slices, *self._wanted([chunk.sequence for chunk in chunks]))
+            return [self._advance(chunk, (), result) for chunk, result in zip(chunks, decoded, strict=True)]
         logits = self.plan.run(make_step(slices, self._cache, self.plan.device))
         ends = list(itertools.accumulate(len(piece.wanted) for piece in slices))
         scored = [
@@ -234,15 +248,21 @@ class Engine:
     ) -> list[sample.SampleResult]:
         if not sequences:
             return []
-        wanted = (
+        wanted = self._wanted(sequences)
+        steps = [len(sequence.output_token_ids) for sequence in sequences]
+        if self._native is not None:
+            return self._native.sample(logits, rows, *wanted, steps)
+        return sample.reference(logits[rows], *wanted, steps)
+
+    def _wanted(
+        self, sequences: Sequence[RunningSequence]
+    ) -> tuple[list[sample.SampleConfig], list[tuple[int, ...]], list[list[int]]]:
+        """How each sequence samples, its prompt, and what it has put out."""
+        return (
             [self._sample_config(sequence) for sequence in sequences],
             [sequence.prompt_token_ids for sequence in sequences],
             [sequence.output_token_ids for sequence in sequences],
-            [len(sequence.output_token_ids) for sequence in sequences],
         )
-        if self._native is not None:
-            return self._native.sample(logits, rows, *wanted)
-        return sample.reference(logits[rows], *wanted)
 
     def _sample_config(self, sequence: RunningSequence) -> sample.SampleConfig:
         params = sequence.params

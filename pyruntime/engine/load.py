@@ -150,7 +150,7 @@ def load(
     drops: DropOptions = DropOptions(),
     dtype: str = "auto",
     target: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     revision: str | None = None,
     skip_tokenizer_init: bool = False,
     options: ReadOptions = ReadOptions(),

@@ -33,6 +33,37 @@ def hoist_wanted_rows(graph: Graph) -> Graph:
     return Graph((*head, write, *gathers, *wanted))
 
 
+def without_tail(graph: Graph) -> Graph:
+    """The same nodes where every row is wanted: nothing is gathered, and one node makes queries, keys and values.
+
+    For steps that compute one row of each sequence, whose logits are asked for. The last node's rows are all rows.
+    """
+    nodes = _without_gathers(graph)
+    queries = {each.attrs.slot: each for each in nodes if isinstance(each.attrs, QkvRopeAttrs) and not each.attrs.cache}
+    joined: list[Node] = []
+    for node in nodes:
+        match node.attrs:
+            case QkvRopeAttrs(cache=False):
+                continue
+            case QkvRopeAttrs(query=False, slot=slot):
+                joined.append(_joined(node, queries[slot]))
+            case _:
+                joined.append(node)
+    return Graph(tuple(joined))
+
+
+def _joined(write: Node, query: Node) -> Node:
+    """The node that was split into these two."""
+    assert isinstance(write.attrs, QkvRopeAttrs)
+    return replace(
+        write,
+        name=write.name.replace("kv", "qkv"),
+        attrs=replace(write.attrs, query=True),
+        outputs=query.outputs,
+        weights=tuple(sorted({*write.weights, *query.weights})),
+    )
+
+
 def _split(node: Node) -> tuple[Node, Node]:
     """The node that fills the cache for all rows, and the one that makes queries for some."""
     assert isinstance(node.attrs, QkvRopeAttrs)

@@ -10,12 +10,12 @@ from pyruntime.ops.step import Rows
 from pyruntime.ops.table import OPS
 
 
-def verify(graph: Graph) -> None:
+def verify(graph: Graph, wanted: Rows = Rows.WANTED) -> None:
     """Raise PyruntimeError GRAPH that names the node and the rule it breaks.
 
     The rules: known ops, unique names, every buffer written once and before it is read, widths that fit, rows that
     match (only a gather goes from all rows to the wanted ones), weights for exactly the roles of the op, slots numbered
-    densely with the cache written before it is read, and logits for the wanted rows at the end.
+    densely with the cache written before it is read, and logits for the `wanted` rows at the end.
     """
     written: dict[str, tuple[int, Rows]] = {}
     names: set[str] = set()
@@ -34,7 +34,9 @@ def verify(graph: Graph) -> None:
             _check(node, buffer not in written, f"{buffer} was written before")
             written[buffer] = (width, node.rows)
     last = graph.nodes[-1]
-    _check(last, last.outputs == (LOGITS,) and last.rows is Rows.WANTED, "the last node must write the wanted logits")
+    _check(
+        last, last.outputs == (LOGITS,) and last.rows is wanted, f"the last node must write the logits of {wanted} rows"
+    )
     _check(last, slots == list(range(len(slots))), f"cache slots are {slots}")
 
 

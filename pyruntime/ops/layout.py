@@ -53,6 +53,16 @@ class Layout:
         """The same with roles replaced by the names of weights; equal ones hold equal values."""
         return replace(self, sources=tuple(None if role is None else names[role] for role in self.sources))
 
+    def run_of(self, other: Layout) -> int | None:
+        """The row at which `other`, a layout of some of the same sources in the same order, begins, or None."""
+        if (self.kind, self.rows) != (other.kind, other.rows):
+            return None
+        count = len(other.sources)
+        for i in range(len(self.sources) - count + 1):
+            if (self.sources[i : i + count], self.sizes[i : i + count]) == (other.sources, other.sizes):
+                return sum(self.sizes[:i])
+        return None
+
 
 def stored(role: str) -> Layout:
     """The weight as it is."""

@@ -2,6 +2,7 @@
 
 from pyruntime.plan.compare import Difference, first_difference
 from pyruntime.plan.lower import DTYPES, TARGETS, lower
-from pyruntime.plan.plan import Plan, PlanStep, Watch
+from pyruntime.plan.plan import Plan
+from pyruntime.plan.step import PlanStep, Watch
 
 __all__ = ["DTYPES", "TARGETS", "Difference", "Plan", "PlanStep", "Watch", "first_difference", "lower"]

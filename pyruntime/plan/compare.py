@@ -11,7 +11,8 @@ from pyruntime.errors import UsageError
 from pyruntime.ops.cache import KvCache
 from pyruntime.ops.qkv_rope import QkvRopeAttrs
 from pyruntime.ops.step import SequenceSlice, Step, make_step
-from pyruntime.plan.plan import Plan, PlanStep
+from pyruntime.plan.plan import Plan
+from pyruntime.plan.step import PlanStep
 
 # what a step left: its buffers by name, and the keys and values of its cache slot
 _Left = dict[str, torch.Tensor]

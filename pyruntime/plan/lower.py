@@ -15,14 +15,16 @@ from pyruntime.checkpoint.weight import TensorRef, check_finite
 from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.graph import LOGITS, Graph, Node, verify
 from pyruntime.ops import _native
-from pyruntime.ops.layout import Layout, arrange
+from pyruntime.ops.gpu.device import interpreted
+from pyruntime.ops.layout import Layout, LayoutKind, arrange
 from pyruntime.ops.native_step import NativeNode, refused_dtype
 from pyruntime.ops.program import Program
 from pyruntime.ops.step import Rows
 from pyruntime.ops.table import OPS, Implementation
-from pyruntime.plan.plan import Plan, PlanStep
+from pyruntime.plan.plan import Plan
+from pyruntime.plan.step import PlanStep
 
-TARGETS: Final = ("reference", "cpu")
+TARGETS: Final = ("reference", "cpu", "cuda")
 DTYPES: Final = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -38,13 +40,14 @@ def lower(
     *,
     target: str = "reference",
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str = "auto",
     check_weights: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Bind `graph` to `target`: choose implementations, read the weights it needs and no other, place the buffers.
 
-    `target` "auto" is the best that runs whole plans on `device`; `dtype` "auto" keeps the checkpoint's. `progress` is
+    `device` "auto" is the GPU where there is one and `target` can use it; `target` "auto" is the best that runs whole
+    plans on `device`; `dtype` "auto" keeps the checkpoint's. `progress` is
     called with the bytes of each tensor read. Raises UsageError for an unknown target or dtype, and for a target that
     this machine or `device` does not have; CheckpointError DTYPE where "auto" has no one meaning, and NOT_FINITE where
     `check_weights` finds a NaN or an infinity.
@@ -56,31 +59,45 @@ def lower(
     if dtype == "auto" and model.dtype_conflict is not None:
         raise CheckpointError("DTYPE", model.dtype_conflict)
     torch_dtype = DTYPES[name]
+    device = _resolved(device, target)
     _check_device(device)
     target, why = _target(target, torch_dtype, torch.device(device))
-    choices = [_choose(node, target, torch_dtype, why) for node in graph.nodes]
-    places = _place(graph)
     weights = _Weights(model, torch_dtype, device, check_weights, progress)
-    steps = tuple(
-        PlanStep(
-            node=node,
-            implementation=implementation,
-            reason=reason,
-            weights=weights.of(node, implementation),
-            inputs=tuple(places[buffer] for buffer in node.inputs),
-            outputs=tuple(places[buffer] for buffer in node.outputs),
+
+    def bind(graph: Graph) -> tuple[PlanStep, ...]:
+        places = _place(graph)
+        choices = [_choose(node, target, torch_dtype, why) for node in graph.nodes]
+        return tuple(
+            PlanStep(
+                node=node,
+                implementation=implementation,
+                reason=reason,
+                weights=weights.of(node, implementation),
+                inputs=tuple(places[buffer] for buffer in node.inputs),
+                outputs=tuple(places[buffer] for buffer in node.outputs),
+            )
+            for node, (implementation, reason) in zip(graph.nodes, choices, strict=True)
         )
-        for node, (implementation, reason) in zip(graph.nodes, choices, strict=True)
-    )
+
+    gpu = None
+    if target == "cuda":
+        # loads Triton and the kernels, which takes a second that nobody else should wait for
+        from pyruntime.plan.lower_gpu import GpuTarget, make_runner
+
+        made_for = GpuTarget.of(torch.device(device), torch_dtype)
+        sizes = {"vocab_size": model.spec.vocab_size, "max_position": model.spec.max_position}
+        gpu = make_runner(graph, made_for, bind, **sizes)
+    steps = bind(graph) if gpu is None else gpu.steps.prefill
     plan = Plan(
         target=target,
         dtype=torch_dtype,
         device=torch.device(device),
         steps=steps,
-        num_places=max(places.values()) + 1,
+        num_places=1 + max(place for step in steps for place in step.outputs),
         vocab_size=model.spec.vocab_size,
         max_position=model.spec.max_position,
         kv_shapes=graph.kv_shapes(),
+        gpu=gpu,
     )
     return plan if all(step.implementation.emit is None for step in steps) else _with_program(plan, graph)
 
@@ -96,8 +113,10 @@ def _target(asked: str, dtype: torch.dtype, device: torch.device) -> tuple[str, 
         raise UsageError("TARGET", f"target cpu: {refused}; choose one of these dtypes, or target reference")
     if asked != "auto":
         return asked, "asked for"
+    if device.type == "cuda" and dtype is not torch.float64:
+        return "cuda", "auto"
     if device.type != "cpu":
-        return "reference", f"auto: the one target that runs whole plans on {device}"
+        return "reference", f"auto: the one target that runs {dtype} on {device}"
     if refused is not None:
         # said, because it is many times slower
         _LOGGER.warning("PyTorch runs the plan, not the C++ target: %s; choose one of these dtypes for speed", refused)
@@ -112,13 +131,21 @@ def _target(asked: str, dtype: torch.dtype, device: torch.device) -> tuple[str, 
     return "cpu", "auto"
 
 
+def _resolved(device: str, target: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if target in ("auto", "cuda") and not interpreted() and torch.cuda.is_available() else "cpu"
+
+
 def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     # torch says the same thing with either, depending on how it was built
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0]
-        raise UsageError("DEVICE", f"device {device!r} cannot be used here ({why}); expected cpu, or cuda") from None
+        raise UsageError(
+            "DEVICE", f"device {device!r} cannot be used here ({why}); expected auto, cpu, or cuda"
+        ) from None
 
 
 def _choose(node: Node, target: str, dtype: torch.dtype, why: str) -> tuple[Implementation, str]:
@@ -155,10 +182,23 @@ class _Weights:
         for role, layout in implementation.layouts(node.attrs).items():
             key = layout.named(names)
             if key not in self._made:
-                sources = [None if name is None else self._read(name) for name in key.sources]
-                self._made[key] = arrange(key, sources)
+                part = self._part(key)
+                self._made[key] = self._arranged(key) if part is None else part
             found[role] = self._made[key]
         return found
+
+    def _arranged(self, key: Layout) -> torch.Tensor:
+        return arrange(key, [None if name is None else self._read(name) for name in key.sources])
+
+    def _part(self, key: Layout) -> torch.Tensor | None:
+        """Rows of a matrix that was made before: the tail's halves of what decoding computes as one."""
+        if key.kind not in (LayoutKind.ROWS, LayoutKind.ROW_VALUES) or key.rows is not None:
+            return None
+        for made, whole in self._made.items():
+            begin = made.run_of(key)
+            if begin is not None:
+                return whole[begin : begin + sum(key.sizes)]
+        return None
 
     def _read(self, name: str) -> torch.Tensor:
         weight = self._model.weights[name]

@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pyruntime.errors import UsageError
-from pyruntime.graph import Cost, Node, SequenceWork, cost_of
-from pyruntime.ops.cache import KvCache, KvShape
+from pyruntime.graph import Cost, SequenceWork, cost_of
+from pyruntime.ops.cache import KvCache, KvLayout, KvShape
 from pyruntime.ops.layout import PANEL
 from pyruntime.ops.program import Program, ProgramRun
 from pyruntime.ops.step import Rows, Step
-from pyruntime.ops.table import Implementation
-
-
-@dataclass(frozen=True, slots=True)
-class PlanStep:
-    """One node with the implementation that runs it, why, its weights, and the places of its buffers.
-
-    `native` are the steps [begin, end) of the plan's C++ program that run it, or None where Python does.
-    """
-
-    node: Node
-    implementation: Implementation
-    reason: str
-    weights: Mapping[str, torch.Tensor]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    native: tuple[int, int] | None = None
-
-
-# shown every step of a plan and what it wrote
-Watch = Callable[[PlanStep, tuple[torch.Tensor, ...]], None]
+from pyruntime.plan.gpu import GpuRunner
+from pyruntime.plan.step import PlanStep, Watch
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Steps in execution order over `num_places` buffer places. Made by `lower`; nothing is chosen after that.
 
-    `segments` are the same steps in runs of neighbours that all belong to `program` (one call each), or do not.
+    `segments` are the same steps in runs of neighbours that all belong to `program` (one call each), or do not. `gpu`
+    runs them on target cuda, where decode steps have a form of their own.
     """
 
     target: str
@@ -54,6 +36,7 @@ class Plan:
     kv_shapes: tuple[KvShape, ...]
     program: Program | None = None
     segments: tuple[tuple[PlanStep, ...], ...] = ()
+    gpu: GpuRunner | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -68,10 +51,13 @@ class Plan:
 
     def new_cache(self, num_pages: int, page_size: int) -> KvCache:
         """An empty cache for this plan. Raises UsageError for a page size that the plan's kernels cannot read."""
-        if self.program is not None and page_size % PANEL:
+        if (self.program is not None or self.gpu is not None) and page_size % PANEL:
             raise UsageError(
                 "CONFIG", f"page_size is {page_size}; target {self.target} needs a multiple of {PANEL} tokens"
             )
+        if self.gpu is not None:
+            # padding rows of a decode step need a page, too
+            return KvCache(self.kv_shapes, num_pages + 1, page_size, self.dtype, self.device, KvLayout.TOKENS)
         return KvCache(self.kv_shapes, num_pages, page_size, self.dtype, self.device)
 
     def run(self, step: Step, watch: Watch | None = None) -> torch.Tensor:
@@ -82,14 +68,10 @@ class Plan:
         plan. Raises UsageError CACHE for a cache that another kind of plan made, and on target cpu UsageError STEP for
         ids, pages and offsets out of bounds.
         """
-        cache = step.cache
-        found = (cache.shapes, cache.dtype, cache.device)
-        needed = (self.kv_shapes, self.dtype, self.device)
-        if found != needed:
-            raise UsageError(
-                "CACHE", f"the cache is made for {found}; the plan needs {needed}: make it with plan.new_cache"
-            )
+        self.check_cache(step.cache)
         with torch.inference_mode():
+            if self.gpu is not None:
+                return self.gpu.run(step, watch)
             if self.program is None:
                 return self._run_in_python(step, watch)
             with self.program.start(step) as run:
@@ -98,6 +80,16 @@ class Plan:
                     if watch is not None and step.num_rows(segment[0].node.rows) > 0:
                         watch(segment[0], tuple(_buffers(run, segment[0], segment[0].outputs)))
                 return run.logits
+
+    def check_cache(self, cache: KvCache) -> None:
+        """Raise UsageError CACHE for a cache that another kind of plan made."""
+        found = (cache.shapes, cache.dtype, cache.device, cache.layout)
+        layout = KvLayout.HEADS if self.gpu is None else KvLayout.TOKENS
+        needed = (self.kv_shapes, self.dtype, self.device, layout)
+        if found != needed:
+            raise UsageError(
+                "CACHE", f"the cache is made for {found}; the plan needs {needed}: make it with plan.new_cache"
+            )
 
     def _run_in_python(self, step: Step, watch: Watch | None) -> torch.Tensor:
         places: list[torch.Tensor | None] = [None] * self.num_places
@@ -140,8 +132,10 @@ class Plan:
             f"  {each.implementation.target} ({each.reason})"
             for each in self.steps
         ]
+        if self.gpu is not None:
+            lines.append(self.gpu.explain())
         slots = f"{len(self.kv_shapes)} KV slots, {self.kv_bytes_per_token} KV bytes per token"
-        return "\n".join([*lines, f"{len(lines)} steps, {slots}, {_megabytes(self.weight_bytes)} MB of weights"])
+        return "\n".join([*lines, f"{len(self.steps)} steps, {slots}, {_megabytes(self.weight_bytes)} MB of weights"])
 
 
 def _run_segment(segment: Sequence[PlanStep], run: ProgramRun) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Final
+
+from pyruntime.ops.gpu.device import GpuInfo
 
 
 class Backend(StrEnum):
@@ -35,6 +38,13 @@ class Choices:
 
 
 # rows that one Triton program holds with its tile of weights
-SKINNY_ROWS = 16
-_NOT_MEASURED = "not measured on this device"
-DEFAULT = Choices((Choice(SKINNY_ROWS, Backend.TRITON, _NOT_MEASURED), Choice(None, Backend.VENDOR, _NOT_MEASURED)))
+SKINNY_ROWS: Final = 16
+_NOT_MEASURED: Final = "not measured on this device"
+DEFAULT: Final = Choices(
+    (Choice(SKINNY_ROWS, Backend.TRITON, _NOT_MEASURED), Choice(None, Backend.VENDOR, _NOT_MEASURED))
+)
+
+
+def choices_of(op: str, attrs: Any, info: GpuInfo, has_compiled: bool) -> Choices:
+    """What runs a node by number of rows on this device."""
+    return DEFAULT

@@ -10,28 +10,9 @@ import torch
 
 from pyruntime.ops.cache import KvCache
 from pyruntime.ops.gpu.choose import Choices
+from pyruntime.ops.gpu.device import GpuInfo as GpuInfo
 from pyruntime.ops.gpu.workspace import Workspace
 from pyruntime.spec import Rope
-
-
-@dataclass(frozen=True, slots=True)
-class GpuInfo:
-    """A device. `capability` is 80, 90, ...; 0 is Triton's interpreter, which works on the CPU's memory."""
-
-    name: str
-    capability: int
-    num_sms: int
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether kernels are interpreted, for tests."""
-        return self.capability == 0
-
-    @property
-    def has_dependent_launch(self) -> bool:
-        """Whether a kernel may start before the one in front of it has ended (programmatic dependent launch)."""
-        return self.capability >= 90
-
 
 # kernel, grid, arguments, constants, warps, stages, whether it starts early
 Launcher = Callable[[Any, tuple[int, ...], Sequence[Any], Mapping[str, Any], int, int, bool], None]

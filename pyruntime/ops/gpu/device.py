@@ -1,0 +1,64 @@
+"""The GPU that a plan is made for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from pyruntime.errors import UsageError
+
+# few, so that the interpreter has little to do and work is still split
+_INTERPRETED_SMS: Final = 4
+# what the kernels are compiled for: bfloat16 tensor cores and asynchronous copies
+_LEAST_CAPABILITY: Final = 80
+
+
+@dataclass(frozen=True, slots=True)
+class GpuInfo:
+    """A device. `capability` is 80, 90, ...; 0 is Triton's interpreter, which works on the CPU's memory."""
+
+    name: str
+    capability: int
+    num_sms: int
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether kernels are interpreted, for tests."""
+        return self.capability == 0
+
+    @property
+    def has_dependent_launch(self) -> bool:
+        """Whether a kernel may start before the one in front of it has ended (programmatic dependent launch)."""
+        return self.capability >= 90
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter was asked for, as Triton asks."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def gpu_info(device: torch.device) -> GpuInfo:
+    """What `device` is. Raises UsageError TARGET for one that target cuda cannot run on.
+
+    The CPU stands for a GPU where Triton's interpreter runs, for tests of the kernels without one.
+    """
+    if device.type == "cpu" and interpreted():
+        return GpuInfo("interpreter", 0, _INTERPRETED_SMS)
+    if device.type != "cuda":
+        raise UsageError(
+            "TARGET",
+            f"target cuda needs an NVIDIA GPU, and a torch built for it; found device {device}: choose device cuda where "
+            "there is one, or target cpu",
+        )
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    if capability < _LEAST_CAPABILITY:
+        raise UsageError(
+            "TARGET",
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}; target cuda needs 8.0 or "
+            "more: choose target reference",
+        )
+    return GpuInfo(properties.name, capability, properties.multi_processor_count)

@@ -1,0 +1,91 @@
+"""A graph lowered for GPUs: its steps for any rows and for decoding, over the same weights and the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from pyruntime.graph import LOGITS, Graph, Node, verify, without_tail
+from pyruntime.ops.gpu.choose import choices_of
+from pyruntime.ops.gpu.device import gpu_info
+from pyruntime.ops.gpu.frame import GpuInfo, GpuNode
+from pyruntime.ops.step import Rows
+from pyruntime.plan.gpu import GpuRunner, GpuSteps
+from pyruntime.plan.sampler import DeviceSampler
+from pyruntime.plan.step import PlanStep
+
+# their outputs are only read by products, or by attention; the stream itself is float32
+_NARROW_OPS: Final = ("qkv_rope", "attention")
+
+# (graph) -> its nodes bound to implementations and weights, with places for buffers
+Bind = Callable[[Graph], tuple[PlanStep, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTarget:
+    """What launches are made for."""
+
+    info: GpuInfo
+    device: torch.device
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(device: torch.device, dtype: torch.dtype) -> GpuTarget:
+        """Raises UsageError TARGET for a device that target cuda cannot run on."""
+        return GpuTarget(gpu_info(device), device, dtype)
+
+    def bound(self, step: PlanStep) -> PlanStep:
+        """The step with its launch, where it has one, and with the kernels that it chooses from in its reason."""
+        on_gpu = step.implementation.on_gpu
+        if on_gpu is None:
+            return step
+        module = None
+        choices = choices_of(step.node.op, step.node.attrs, self.info, module is not None)
+        node = GpuNode(step.node.name, step.weights, self.dtype, self.device, self.info, choices, module)
+        return replace(step, launch=on_gpu(step.node.attrs, node), reason=f"{step.reason}{choices}")
+
+
+def make_runner(graph: Graph, target: GpuTarget, bind: Bind, *, vocab_size: int, max_position: int) -> GpuRunner:
+    """The runner of `graph`, whose decode form is made here. `bind` is asked for the decode form first.
+
+    That one has the whole matrices, of which the tail's halves are views.
+    """
+    decode_graph = without_tail(graph)
+    verify(decode_graph, wanted=Rows.ALL)
+    decode, prefill = (tuple(target.bound(step) for step in bind(each)) for each in (decode_graph, graph))
+    dtypes = _dtypes((*graph.nodes, *decode_graph.nodes), target.dtype)
+    steps = GpuSteps(prefill=prefill, decode=decode, dtypes=dtypes, row_bytes=_row_bytes((*prefill, *decode), dtypes))
+    return GpuRunner(
+        steps,
+        info=target.info,
+        device=target.device,
+        vocab_size=vocab_size,
+        max_position=max_position,
+        sampler=DeviceSampler(),
+    )
+
+
+def _dtypes(nodes: Iterable[Node], narrow: torch.dtype) -> Mapping[str, torch.dtype]:
+    found: dict[str, torch.dtype] = {}
+    for node in nodes:
+        for buffer in node.outputs:
+            if node.op == "gather":
+                found[buffer] = found[node.inputs[0]]
+            else:
+                found[buffer] = narrow if node.op in _NARROW_OPS else torch.float32
+    return found
+
+
+def _row_bytes(steps: Sequence[PlanStep], dtypes: Mapping[str, torch.dtype]) -> tuple[tuple[int, int], ...]:
+    """What a row takes in each place, of all rows and of wanted ones. Logits have memory of their own."""
+    count = 1 + max((place for step in steps for place in step.outputs), default=-1)
+    found = [[0, 0] for _ in range(count)]
+    for step in steps:
+        for place, buffer, width in zip(step.outputs, step.node.outputs, step.node.attrs.out_widths(), strict=True):
+            if buffer != LOGITS:
+                view = int(step.node.rows is Rows.WANTED)
+                found[place][view] = max(found[place][view], width * dtypes[buffer].itemsize)
+    return tuple((all_rows, wanted) for all_rows, wanted in found)
