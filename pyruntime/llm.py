@@ -32,11 +32,12 @@ class LLM:
 
     `model` is a folder or a Hub id. `drop_attn`, `drop_mlp` and `drop_block` take layer numbers or text such as
     "20-30", "last:8"; `drop_plan` takes a DropPlan or its file; what the checkpoint itself declares as dropped is
-    dropped anyway. `dtype` is auto (the checkpoint's), float32, bfloat16, float16 or float64; `target` auto or
-    reference. `max_model_len` defaults to the model's context. `prefer` is single or index, for a folder that holds
-    both; `ignore_config_keys` names keys of config.json that pyruntime does not know and that change no logits;
-    `check_weights` looks for NaN and infinity (None: in models of up to 4 GB). Raises UsageError, CheckpointError or
-    RunError.
+    dropped anyway. `dtype` is auto (the checkpoint's), float32, bfloat16, float16 or float64; `target` auto, cuda, cpu
+    or reference; `device` auto, cpu, cuda or cuda:n. `max_model_len` defaults to the model's context. On a GPU weights,
+    buffers and cache may take the share `gpu_memory_utilization` of its memory. `prefer` is single or index, for a
+    folder that holds both; `ignore_config_keys` names keys of config.json that pyruntime does not know and that change
+    no logits; `check_weights` looks for NaN and infinity (None: in models of up to 4 GB). Raises UsageError,
+    CheckpointError or RunError.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
         seed: int = 0,
         skip_tokenizer_init: bool = False,
         prefer: str | None = None,
@@ -69,6 +71,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
             seed=seed,
         )
         # shown only on a terminal, and only when loading takes longer than a moment
@@ -85,7 +88,8 @@ class LLM:
                 check_weights=check_weights,
                 progress=lambda done, total: _advance(bar, done, total),
             )
-        self._engine = make_engine(self._loaded, sizes)
+        with tqdm(desc="Capturing decode graphs", disable=None, delay=1.0, leave=False) as bar:
+            self._engine = make_engine(self._loaded, sizes, lambda done, total: _advance(bar, done, total))
         self._ids = itertools.count()
         self._latest: dict[str, RequestOutput] = {}
 

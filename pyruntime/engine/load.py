@@ -13,6 +13,7 @@ from pyruntime.checkpoint import Model, read_model, resolve_model
 from pyruntime.checkpoint.files import is_there
 from pyruntime.checkpoint.folder import ReadOptions
 from pyruntime.checkpoint.strict_json import read_object
+from pyruntime.engine.capture import memory_budget, warm_up
 from pyruntime.engine.engine import Engine, EngineConfig
 from pyruntime.engine.memory import available_memory, check_memory
 from pyruntime.engine.params import INT64_MAX, eos_token_ids, unused_settings
@@ -20,9 +21,10 @@ from pyruntime.engine.schedule import SchedulerConfig
 from pyruntime.engine.tokenizer import Tokenizer
 from pyruntime.errors import RunError, UsageError
 from pyruntime.graph import build, fuse
+from pyruntime.ops.gpu.batch import BatchSizes
 from pyruntime.passes import drop, make_drop_plan
 from pyruntime.passes.drop import Layers
-from pyruntime.plan import DTYPES, Plan, lower
+from pyruntime.plan import DTYPES, Plan, lower, resolve_device
 from pyruntime.spec import DropPlan, ModelSpec, RopeKind
 
 PAGE_SIZE: Final = 16
@@ -58,6 +60,7 @@ class EngineSizes:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +70,9 @@ class EngineSizes:
         _check_int("max_model_len", self.max_model_len, 2, or_none=True)
         _check_int("kv_cache_memory_bytes", self.kv_cache_memory_bytes, 1, or_none=True)
         _check_int("seed", self.seed, -INT64_MAX - 1)
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise UsageError("CONFIG", f"gpu_memory_utilization is {share!r}; expected a share above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +172,7 @@ def load(
     _check_names(name, dtype=dtype, target=target, device=device)
     if check_weights is not None and not isinstance(check_weights, bool):
         raise UsageError("CONFIG", f"check_weights is {check_weights!r}; expected True, False or None")
+    device = resolve_device(device, target)
     model = read_pruned(name, drops, revision, options)
     assert model.path is not None
     tokenizer = None if skip_tokenizer_init else Tokenizer(model.path)
@@ -184,7 +191,7 @@ def load(
             )
     stored = DTYPES.get(model.dtype if dtype == "auto" else dtype)
     if stored is not None:
-        check_memory(model.num_values * stored.itemsize, f"loading {name}")
+        check_memory(model.num_values * stored.itemsize, f"loading {name}", device)
     done, total = 0, model.weight_bytes
 
     def count(num_bytes: int) -> None:
@@ -206,9 +213,12 @@ def load(
     return Loaded(model=model, plan=plan, tokenizer=tokenizer, generation_config=generation_config, eos_token_ids=eos)
 
 
-def make_engine(loaded: Loaded, sizes: EngineSizes = EngineSizes()) -> Engine:
+def make_engine(
+    loaded: Loaded, sizes: EngineSizes = EngineSizes(), progress: Callable[[int, int], None] | None = None
+) -> Engine:
     """An engine over the loaded plan, with a cache as large as asked for or as the machine allows.
 
+    On a GPU its decode steps are captured; `progress` is called with (batch sizes captured, batch sizes in all).
     Raises UsageError for a context that the model was not made for, RunError MEMORY for a cache that does not fit.
     """
     spec = loaded.model.spec
@@ -228,7 +238,9 @@ def make_engine(loaded: Loaded, sizes: EngineSizes = EngineSizes()) -> Engine:
         seed=sizes.seed,
         scheduler=scheduler,
     )
-    return Engine(loaded.plan, config, loaded.tokenizer, loaded.eos_token_ids)
+    engine = Engine(loaded.plan, config, loaded.tokenizer, loaded.eos_token_ids)
+    warm_up(loaded.plan, sizes.max_num_seqs, progress)
+    return engine
 
 
 def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
@@ -244,10 +256,10 @@ def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
                 "CONFIG", f"kv_cache_memory_bytes is {sizes.kv_cache_memory_bytes}; a page takes {page_bytes}"
             )
         pages = min(pages, useful)
-        check_memory(pages * page_bytes, f"a KV cache of {pages} pages")
+        check_memory(pages * page_bytes, f"a KV cache of {pages} pages", str(plan.device))
         return pages
-    available = available_memory()
-    pages = useful if available is None else min(useful, int(available * _CACHE_SHARE) // page_bytes)
+    available = _memory_for_cache(plan, per_sequence, sizes)
+    pages = useful if available is None else min(useful, available // page_bytes)
     if pages < per_sequence:
         raise RunError(
             "MEMORY",
@@ -255,6 +267,17 @@ def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
             f"{pages * page_bytes / 2**30:.2f} GiB are free for it: lower max_model_len",
         )
     return pages
+
+
+def _memory_for_cache(plan: Plan, per_sequence: int, sizes: EngineSizes) -> int | None:
+    """Bytes that the KV cache may take, or None where that cannot be known."""
+    if plan.gpu is None or plan.device.type != "cuda":
+        available = available_memory()
+        return None if available is None else int(available * _CACHE_SHARE)
+    largest = BatchSizes(sizes.max_num_batched_tokens, sizes.max_num_seqs, sizes.max_num_seqs, per_sequence)
+    budget = memory_budget(plan, largest, PAGE_SIZE, sizes.gpu_memory_utilization)
+    _LOGGER.info("%s", budget)
+    return budget.kv_cache
 
 
 def _generation_config(folder: Path, name: object, *, with_text: bool) -> Mapping[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from pyruntime.errors import RunError
 
 _MEMINFO: Final = Path("/proc/meminfo")
@@ -16,9 +18,10 @@ _V2: Final = ("memory.max", "memory.current", "")
 _V1: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
-def check_memory(num_bytes: int, what: str) -> None:
-    """Raise RunError MEMORY unless the machine has `num_bytes` to spare for `what`."""
-    available = available_memory()
+def check_memory(num_bytes: int, what: str, device: str = "cpu") -> None:
+    """Raise RunError MEMORY unless the machine, or the GPU `device`, has `num_bytes` to spare for `what`."""
+    on_gpu = device.startswith("cuda")
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
     if available is not None and num_bytes > available:
         raise RunError(
             "MEMORY",

@@ -35,7 +35,7 @@ def verify(graph: Graph, wanted: Rows = Rows.WANTED) -> None:
             written[buffer] = (width, node.rows)
     last = graph.nodes[-1]
     _check(
-        last, last.outputs == (LOGITS,) and last.rows is wanted, f"the last node must write the logits of {wanted} rows"
+        last, last.outputs == (LOGITS,) and last.rows is wanted, f"the last node must write the {wanted} logits"
     )
     _check(last, slots == list(range(len(slots))), f"cache slots are {slots}")
 

@@ -165,6 +165,10 @@ class GpuRunner:
             rotaries=RotaryCache(self.device, num_positions),
         )
 
+    def release(self) -> None:
+        """Give back what `prepare` took, graphs and the hold on the cache included."""
+        self._memory = None
+
     def run(self, step: Step, watch: Watch | None = None) -> torch.Tensor:
         """Launch one step of any form, one kernel after the other; logits [wanted, vocab] in memory of their own."""
         self.prepare(step.cache, sizes_of(step.slices))

@@ -59,8 +59,7 @@ def lower(
     if dtype == "auto" and model.dtype_conflict is not None:
         raise CheckpointError("DTYPE", model.dtype_conflict)
     torch_dtype = DTYPES[name]
-    device = _resolved(device, target)
-    _check_device(device)
+    device = resolve_device(device, target)
     target, why = _target(target, torch_dtype, torch.device(device))
     weights = _Weights(model, torch_dtype, device, check_weights, progress)
 
@@ -131,10 +130,16 @@ def _target(asked: str, dtype: torch.dtype, device: torch.device) -> tuple[str, 
     return "cpu", "auto"
 
 
-def _resolved(device: str, target: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if target in ("auto", "cuda") and not interpreted() and torch.cuda.is_available() else "cpu"
+def resolve_device(device: str, target: str) -> str:
+    """The device, which "auto" leaves open: the GPU where there is one and the target can use it.
+
+    Raises UsageError DEVICE for one that cannot be used here.
+    """
+    if device == "auto":
+        on_gpu = target in ("auto", "cuda") and not interpreted() and torch.cuda.is_available()
+        return "cuda" if on_gpu else "cpu"
+    _check_device(device)
+    return device
 
 
 def _check_device(device: str) -> None:

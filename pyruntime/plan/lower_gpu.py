@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from pyruntime.graph import LOGITS, Graph, Node, verify, without_tail
-from pyruntime.ops.gpu.choose import choices_of
+from pyruntime.ops.gpu.choose import DEFAULT, Measured, choices_of, load_table
 from pyruntime.ops.gpu.device import gpu_info
 from pyruntime.ops.gpu.frame import GpuInfo, GpuNode
 from pyruntime.ops.step import Rows
@@ -26,26 +26,32 @@ Bind = Callable[[Graph], tuple[PlanStep, ...]]
 
 @dataclass(frozen=True, slots=True)
 class GpuTarget:
-    """What launches are made for."""
+    """What launches are made for, and of what: `compiled` is the module of CUDA C++ kernels, or None."""
 
     info: GpuInfo
     device: torch.device
     dtype: torch.dtype
+    table: tuple[Measured, ...] = ()
+    compiled: Any = None
 
     @staticmethod
     def of(device: torch.device, dtype: torch.dtype) -> GpuTarget:
         """Raises UsageError TARGET for a device that target cuda cannot run on."""
-        return GpuTarget(gpu_info(device), device, dtype)
+        info = gpu_info(device)
+        return GpuTarget(info, device, dtype, load_table(info))
 
     def bound(self, step: PlanStep) -> PlanStep:
         """The step with its launch, where it has one, and with the kernels that it chooses from in its reason."""
         on_gpu = step.implementation.on_gpu
         if on_gpu is None:
             return step
-        module = None
-        choices = choices_of(step.node.op, step.node.attrs, self.info, module is not None)
-        node = GpuNode(step.node.name, step.weights, self.dtype, self.device, self.info, choices, module)
-        return replace(step, launch=on_gpu(step.node.attrs, node), reason=f"{step.reason}{choices}")
+        num_weights = sum(weight.numel() for weight in step.weights.values())
+        choices = choices_of(step.node.op, num_weights, self.info, self.table)
+        reason = step.reason if choices is None else f"{step.reason}; {choices}"
+        node = GpuNode(
+            step.node.name, step.weights, self.dtype, self.device, self.info, choices or DEFAULT, self.compiled
+        )
+        return replace(step, launch=on_gpu(step.node.attrs, node), reason=reason)
 
 
 def make_runner(graph: Graph, target: GpuTarget, bind: Bind, *, vocab_size: int, max_position: int) -> GpuRunner:

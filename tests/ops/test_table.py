@@ -28,17 +28,18 @@ def test_the_graphs_here_hold_every_op() -> None:
     assert {node.op for node in NODES} == set(OPS)
 
 
-def test_every_op_has_a_reference_that_refuses_nothing_and_a_cpu_implementation() -> None:
+def test_every_op_has_a_reference_that_refuses_nothing_and_an_implementation_for_each_target() -> None:
     for op, implementations in OPS.items():
-        # experts that no row chooses are not to be read: C++ has no step of that kind
-        assert [each.target for each in implementations] == ["reference", *(() if op == "moe" else ("cpu",))]
+        # experts that no row chooses are not to be read: neither C++ nor a launch is of that kind
+        assert [each.target for each in implementations] == ["reference", *(() if op == "moe" else ("cpu", "cuda"))]
     for node in NODES:
         assert all(OPS[node.op][0].refuses(node.attrs, dtype) is None for dtype in DTYPES)
 
 
-def test_an_implementation_runs_in_python_or_emits_steps() -> None:
+def test_an_implementation_runs_in_python_emits_steps_or_launches_kernels() -> None:
     for implementation in (each for implementations in OPS.values() for each in implementations):
-        assert (implementation.run is None) != (implementation.emit is None)
+        ways = (implementation.run, implementation.emit, implementation.on_gpu)
+        assert sum(way is not None for way in ways) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -30,7 +30,7 @@ REASON = "this machine is too small"
 def refuse(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
     """Make the C++ target refuse these ops."""
     for op in ops:
-        reference, cpu = OPS[op]
+        reference, cpu = OPS[op][:2]
         monkeypatch.setitem(OPS, op, (reference, replace(cpu, refuses=lambda attrs, dtype: REASON)))
 
 

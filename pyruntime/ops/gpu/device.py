@@ -50,8 +50,8 @@ def gpu_info(device: torch.device) -> GpuInfo:
     if device.type != "cuda":
         raise UsageError(
             "TARGET",
-            f"target cuda needs an NVIDIA GPU, and a torch built for it; found device {device}: choose device cuda where "
-            "there is one, or target cpu",
+            f"target cuda needs an NVIDIA GPU, and a torch built for it; found device {device}: choose device cuda "
+            "where there is one, or target cpu",
         )
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
