@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pyruntime.checkpoint import Model, read_model
@@ -19,7 +20,10 @@ from pyruntime.spec import DropPlan
 
 # small, so that short sequences straddle pages; a plan with a program takes no page size below a panel
 PAGE_SIZE = 4
-TARGETS = ("reference", "cpu")
+# with a GPU, whatever holds for the other targets is asked of it too; tests/gpu asks less where kernels are interpreted
+TARGETS: tuple[Any, ...] = ("reference", "cpu")
+if torch.cuda.is_available():
+    TARGETS += (pytest.param("cuda", marks=pytest.mark.gpu),)
 
 
 def without(hf_model: Any, plan: DropPlan) -> Any:
@@ -67,7 +71,7 @@ def make_plan(
 
 def page_size_of(plan: Plan) -> int:
     """The smallest page that tests use with the plan."""
-    return PAGE_SIZE if plan.program is None else PANEL
+    return PAGE_SIZE if plan.target == "reference" else PANEL
 
 
 def pages_of(sequences: Sequence[Sequence[int]], page_size: int = PAGE_SIZE) -> list[list[int]]:
@@ -95,7 +99,7 @@ def all_logits(plan: Plan, sequences: Sequence[Sequence[int]], chunk: int) -> li
             if ids:
                 slices.append(SequenceSlice(ids, start, own, range(len(ids))))
                 owners.append((i, len(ids)))
-        logits = plan.run(make_step(slices, cache))
+        logits = plan.run(make_step(slices, cache, plan.device)).cpu()
         for (i, _), rows in zip(owners, logits.split([count for _, count in owners]), strict=True):
             found[i].append(rows)
     return [torch.cat(rows) for rows in found]

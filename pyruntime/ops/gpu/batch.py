@@ -200,6 +200,9 @@ class StaticBatch:
         counts = [len(each.wanted) for each in slices] + [1] * spare
         everything = np.arange(len(token_ids))
         for rows, index, per_sequence in ((Rows.ALL, everything, lengths), (Rows.WANTED, picked, counts)):
+            if rows is Rows.WANTED and self.sizes.max_wanted == 0:
+                # of a decode step every row is wanted, and one view is enough
+                continue
             values = {"token_ids": token_ids, "positions": positions, "sequences": sequences, "index": everything}
             for name, array in values.items():
                 self._arrays[f"{rows}.{name}"][: len(index)] = array[index]
