@@ -20,6 +20,8 @@ VARIABLES: Final = {
     "PYRUNTIME_MAX_HEADER_BYTES": "longest header of a weight file, 1 to 100000000 bytes (default: 16777216)",
     "PYRUNTIME_LINK_ROOT": "folder into which links in place of weight files may lead beside the model's own",
     "PYRUNTIME_TEST_DATA": "folder with models/ and corpora/ for the tests that check real trained models",
+    "PYRUNTIME_GPU_KERNELS": "triton, cuda or vendor: what computes matrix products on a GPU (default: as measured)",
+    "PYRUNTIME_CUDA_TWIN": "file of the CUDA kernels compiled for the CPU, for tests of plans in Triton's interpreter",
     "PYRUNTIME_CUDA": "auto, 0 or 1: whether a build compiles the CUDA extension (read by setup.py)",
 }
 
@@ -28,6 +30,7 @@ _MAX_THREADS: Final = 1024
 _HEADER_BYTES: Final = 16 << 20
 # as much as the safetensors library reads
 _MAX_HEADER_BYTES: Final = 100_000_000
+_GPU_KERNELS: Final = ("triton", "cuda", "vendor")
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -51,6 +54,14 @@ def num_threads() -> int | None:
     return _count("PYRUNTIME_NUM_THREADS", _MAX_THREADS)
 
 
+def gpu_kernels() -> str | None:
+    """Kernels asked for, or None for the measured choice. Raises UsageError for a name that is none."""
+    value = os.environ.get("PYRUNTIME_GPU_KERNELS")
+    if value is not None and value not in _GPU_KERNELS:
+        raise UsageError("ENV", f"PYRUNTIME_GPU_KERNELS is {value!r}; expected one of {', '.join(_GPU_KERNELS)}")
+    return value
+
+
 def max_header_bytes() -> int:
     """Longest header of a weight file that is read. Raises UsageError unless it is 1 to 100 MB."""
     return _count("PYRUNTIME_MAX_HEADER_BYTES", _MAX_HEADER_BYTES) or _HEADER_BYTES
@@ -69,6 +80,12 @@ def link_root() -> Path | None:
 def test_data() -> Path | None:
     """Folder that holds real models for the tests, or None."""
     value = os.environ.get("PYRUNTIME_TEST_DATA")
+    return Path(value) if value else None
+
+
+def cuda_twin() -> Path | None:
+    """File of the CUDA kernels compiled for the CPU, or None."""
+    value = os.environ.get("PYRUNTIME_CUDA_TWIN")
     return Path(value) if value else None
 
 

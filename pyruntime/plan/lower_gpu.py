@@ -8,8 +8,9 @@ from typing import Any, Final
 
 import torch
 
+from pyruntime import env
 from pyruntime.graph import LOGITS, Graph, Node, verify, without_tail
-from pyruntime.ops.gpu.choose import DEFAULT, Measured, choices_of, load_table
+from pyruntime.ops.gpu.choose import DEFAULT, Backend, Measured, choices_of, forced, load_table
 from pyruntime.ops.gpu.device import gpu_info
 from pyruntime.ops.gpu.frame import GpuInfo, GpuNode
 from pyruntime.ops.step import Rows
@@ -26,19 +27,24 @@ Bind = Callable[[Graph], tuple[PlanStep, ...]]
 
 @dataclass(frozen=True, slots=True)
 class GpuTarget:
-    """What launches are made for, and of what: `compiled` is the module of CUDA C++ kernels, or None."""
+    """What launches are made for, and of what.
+
+    `compiled` is the module of CUDA C++ kernels, or None; `kernels` what was asked for instead of the measured choice.
+    """
 
     info: GpuInfo
     device: torch.device
     dtype: torch.dtype
     table: tuple[Measured, ...] = ()
     compiled: Any = None
+    kernels: Backend | None = None
 
     @staticmethod
     def of(device: torch.device, dtype: torch.dtype) -> GpuTarget:
         """Raises UsageError TARGET for a device that target cuda cannot run on."""
         info = gpu_info(device)
-        return GpuTarget(info, device, dtype, load_table(info))
+        asked = env.gpu_kernels()
+        return GpuTarget(info, device, dtype, load_table(info), kernels=None if asked is None else Backend(asked))
 
     def bound(self, step: PlanStep) -> PlanStep:
         """The step with its launch, where it has one, and with the kernels that it chooses from in its reason."""
@@ -47,6 +53,8 @@ class GpuTarget:
             return step
         num_weights = sum(weight.numel() for weight in step.weights.values())
         choices = choices_of(step.node.op, num_weights, self.info, self.table)
+        if choices is not None and self.kernels is not None:
+            choices = forced(self.kernels)
         reason = step.reason if choices is None else f"{step.reason}; {choices}"
         node = GpuNode(
             step.node.name, step.weights, self.dtype, self.device, self.info, choices or DEFAULT, self.compiled
