@@ -1,38 +1,61 @@
-"""Residual addition and RMSNorm in one pass (Triton)."""
+"""RMSNorm and LayerNorm of rows, with the residual add behind a post-norm (Triton)."""
 
 import triton
 import triton.language as tl
 
+from pyruntime.kernels._common import let_next_start, wait_for_inputs
+
 
 @triton.jit
 def norm_kernel(
-    x_ptr,  # [rows, hidden]
-    residual_ptr,  # [rows, hidden], unread without HAS_RESIDUAL
-    weight_ptr,  # [hidden]
-    sum_out_ptr,  # [rows, hidden], unwritten without HAS_RESIDUAL; may be residual_ptr
-    out_ptr,  # [rows, hidden]
-    hidden,
+    x_ptr,  # [rows, size]
+    gain_ptr,  # [size], unread without HAS_GAIN
+    bias_ptr,  # [size], unread without HAS_BIAS
+    residual_ptr,  # [rows, size], unread without HAS_RESIDUAL
+    out_ptr,  # [rows, size]; may be x_ptr or residual_ptr
+    size,
     x_stride,
     residual_stride,
-    sum_out_stride,
     out_stride,
     eps,
+    LAYER: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,  # a power of two, at least hidden
+    BLOCK: tl.constexpr,  # a power of two
+    PDL: tl.constexpr,
 ):
-    """sum_out = x + residual; out = sum_out / sqrt(mean(sum_out^2) + eps) * weight. One program per row.
+    """out = x / sqrt(mean(x^2) + eps) * gain + bias (+ residual); LAYER subtracts the mean of x first.
 
-    The norm is taken of the sum as stored, so the result is that of two separate steps.
+    One program per row. The second and third look at the row find it in the processor's own cache.
     """
+    wait_for_inputs(PDL)
+    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK).to(tl.int64)
-    mask = columns < hidden
-    state = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        state += tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        rounded = state.to(sum_out_ptr.dtype.element_ty)
-        tl.store(sum_out_ptr + row * sum_out_stride + columns, rounded, mask=mask)
-        state = rounded.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(state * state, axis=0) / hidden + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * out_stride + columns, (state * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    columns = tl.arange(0, BLOCK)
+    x_ptr += row * x_stride
+    mean = 0.0
+    if LAYER:
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for start in tl.range(0, size, BLOCK):
+            inside = start + columns < size
+            sums += tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(sums, axis=0) / size
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, size, BLOCK):
+        inside = start + columns < size
+        x = tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x - mean, 0.0)
+        squares += x * x
+    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / size + eps)
+    for start in tl.range(0, size, BLOCK):
+        inside = start + columns < size
+        y = (tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) - mean) * scale
+        if HAS_GAIN:
+            y *= tl.load(gain_ptr + start + columns, mask=inside, other=0.0)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + start + columns, mask=inside, other=0.0)
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + row * residual_stride + start + columns, mask=inside, other=0.0)
+            y += residual.to(tl.float32)
+        tl.store(out_ptr + row * out_stride + start + columns, y.to(out_ptr.dtype.element_ty), mask=inside)

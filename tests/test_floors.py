@@ -52,6 +52,8 @@ HEAVY = {"typer", "fastapi", "uvicorn", "matplotlib"}
 MAX_LINES = 400
 MAX_KERNEL_LINES = 500
 MAX_FUNCTION_LINES = 60
+# bodies of Triton functions, whose arguments take a line each, at their head and wherever they are called
+MAX_KERNEL_BODY_LINES = 120
 # "path" -> the most lines it may have, with the reason beside it
 LONG_FILES: dict[str, int] = {}
 # "path::function" -> the most lines it may have, with the reason beside it
@@ -226,8 +228,10 @@ def test_functions_are_short(path: Path) -> None:
     long = {}
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
-            lines = node.end_lineno - node.lineno + 1
-            if lines > LONG_FUNCTIONS.get(f"{name_of(path)}::{node.name}", MAX_FUNCTION_LINES):
+            kernel = name_of(path).startswith("kernels/")
+            lines = node.end_lineno - (node.body[0].lineno if kernel else node.lineno) + 1
+            limit = MAX_KERNEL_BODY_LINES if kernel else MAX_FUNCTION_LINES
+            if lines > LONG_FUNCTIONS.get(f"{name_of(path)}::{node.name}", limit):
                 long[node.name] = lines
     assert long == {}
 

@@ -1,0 +1,44 @@
+"""K6 on a GPU: a run of MLPs, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
+from pyruntime.ops.gpu.mlp import layouts as part_layouts
+from pyruntime.ops.gpu.mlp import part_on_gpu
+from pyruntime.ops.gpu.product import refused_dtype as refuses
+from pyruntime.ops.layout import Layout
+from pyruntime.ops.mlp_chain import MlpChainAttrs
+
+__all__ = ["layouts", "on_gpu", "refuses"]
+
+
+def layouts(attrs: MlpChainAttrs) -> dict[str, Layout]:
+    """Those of part i under "i."."""
+    return {
+        f"{i}.{name}": replace(layout, sources=tuple(role and f"{i}.{role}" for role in layout.sources))
+        for i, part in enumerate(attrs.parts)
+        for name, layout in part_layouts(part).items()
+    }
+
+
+def on_gpu(attrs: MlpChainAttrs, node: GpuNode) -> Launch:
+    """The launches of each MLP; from the second on, the stream stays in its place."""
+    parts = [part_on_gpu(part, _node_of(node, f"{i}.")) for i, part in enumerate(attrs.parts)]
+
+    def launch(frame: Frame) -> None:
+        stream, out = frame.inputs[0], frame.outputs[0]
+        for part in parts:
+            # what the part before took is free
+            frame.workspace.begin()
+            part(frame, stream, out, stream)
+            stream = out
+
+    return launch
+
+
+def _node_of(node: GpuNode, prefix: str) -> GpuNode:
+    """The node as one part sees it."""
+    own = {name.removeprefix(prefix): each for name, each in node.weights.items() if name.startswith(prefix)}
+    return replace(node, name=f"{node.name}.{prefix[:-1]}", weights=own)
