@@ -179,16 +179,7 @@ def load(
     if tokenizer is not None:
         tokenizer.check_vocab(model.spec.vocab_size)
     generation_config = _generation_config(model.path, name, with_text=tokenizer is not None)
-    eos = eos_token_ids(generation_config, model.config)
-    if not eos and tokenizer is not None and tokenizer.eos_id is not None:
-        eos = (tokenizer.eos_id,)
-    for token_id in eos:
-        if token_id >= model.spec.vocab_size:
-            raise UsageError(
-                "CONFIG",
-                f"{name}: eos_token_id is {token_id}; the embedding has ids 0 to {model.spec.vocab_size - 1}; correct "
-                "generation_config.json or config.json",
-            )
+    eos = _eos(name, model, generation_config, tokenizer)
     stored = DTYPES.get(model.dtype if dtype == "auto" else dtype)
     if stored is not None:
         check_memory(model.num_values * stored.itemsize, f"loading {name}", device)
@@ -211,6 +202,23 @@ def load(
     )
     _LOGGER.debug("plan of %s:\n%s", name, plan.explain())
     return Loaded(model=model, plan=plan, tokenizer=tokenizer, generation_config=generation_config, eos_token_ids=eos)
+
+
+def _eos(
+    name: str | Path, model: Model, generation_config: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """Ids that end a sequence. Raises UsageError for one beyond the embedding."""
+    eos = eos_token_ids(generation_config, model.config)
+    if not eos and tokenizer is not None and tokenizer.eos_id is not None:
+        eos = (tokenizer.eos_id,)
+    for token_id in eos:
+        if token_id >= model.spec.vocab_size:
+            raise UsageError(
+                "CONFIG",
+                f"{name}: eos_token_id is {token_id}; the embedding has ids 0 to {model.spec.vocab_size - 1}; correct "
+                "generation_config.json or config.json",
+            )
+    return eos
 
 
 def make_engine(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -15,7 +15,8 @@ from pyruntime.checkpoint.weight import TensorRef, check_finite
 from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.graph import LOGITS, Graph, Node, verify
 from pyruntime.ops import _native
-from pyruntime.ops.gpu.device import interpreted
+from pyruntime.ops.gpu.device import GpuInfo, interpreted
+from pyruntime.ops.gpu.trust import failed_kernels
 from pyruntime.ops.layout import Layout, LayoutKind, arrange
 from pyruntime.ops.native_step import NativeNode, refused_dtype
 from pyruntime.ops.program import Program
@@ -47,10 +48,10 @@ def lower(
     """Bind `graph` to `target`: choose implementations, read the weights it needs and no other, place the buffers.
 
     `device` "auto" is the GPU where there is one and `target` can use it; `target` "auto" is the best that runs whole
-    plans on `device`; `dtype` "auto" keeps the checkpoint's. `progress` is
-    called with the bytes of each tensor read. Raises UsageError for an unknown target or dtype, and for a target that
-    this machine or `device` does not have; CheckpointError DTYPE where "auto" has no one meaning, and NOT_FINITE where
-    `check_weights` finds a NaN or an infinity.
+    plans on `device`; `dtype` "auto" keeps the checkpoint's. `progress` is called with the bytes of each tensor read.
+    Raises UsageError for an unknown target or dtype, and for a target that this machine or `device` does not have;
+    CheckpointError DTYPE where "auto" has no one meaning, and NOT_FINITE where `check_weights` finds a NaN or an
+    infinity.
     """
     verify(graph)
     name = model.dtype if dtype == "auto" else dtype
@@ -62,28 +63,13 @@ def lower(
     device = resolve_device(device, target)
     target, why = _target(target, torch_dtype, torch.device(device))
     weights = _Weights(model, torch_dtype, device, check_weights, progress)
-
-    def bind(graph: Graph) -> tuple[PlanStep, ...]:
-        places = _place(graph)
-        choices = [_choose(node, target, torch_dtype, why) for node in graph.nodes]
-        return tuple(
-            PlanStep(
-                node=node,
-                implementation=implementation,
-                reason=reason,
-                weights=weights.of(node, implementation),
-                inputs=tuple(places[buffer] for buffer in node.inputs),
-                outputs=tuple(places[buffer] for buffer in node.outputs),
-            )
-            for node, (implementation, reason) in zip(graph.nodes, choices, strict=True)
-        )
-
-    gpu = None
+    bind, gpu = _Binder(target, torch_dtype, why, weights), None
     if target == "cuda":
         # loads Triton and the kernels, which takes a second that nobody else should wait for
         from pyruntime.plan.lower_gpu import GpuTarget, make_runner
 
         made_for = GpuTarget.of(torch.device(device), torch_dtype)
+        bind = replace(bind, distrusted=_distrusted(made_for.info))
         sizes = {"vocab_size": model.spec.vocab_size, "max_position": model.spec.max_position}
         gpu = make_runner(graph, made_for, bind, **sizes)
     steps = bind(graph) if gpu is None else gpu.steps.prefill
@@ -153,11 +139,23 @@ def _check_device(device: str) -> None:
         ) from None
 
 
-def _choose(node: Node, target: str, dtype: torch.dtype, why: str) -> tuple[Implementation, str]:
+def _distrusted(info: GpuInfo) -> Mapping[str, str]:
+    """Ops whose kernels failed their self-check on this device."""
+    found = failed_kernels(info)
+    for op, why in found.items():
+        _LOGGER.warning("PyTorch runs every %s: its kernel failed its self-check on %s: %s", op, info.name, why)
+    return found
+
+
+def _choose(
+    node: Node, target: str, dtype: torch.dtype, why: str, distrusted: Mapping[str, str]
+) -> tuple[Implementation, str]:
     """The target's own implementation, else the reference with the reason of each refusal."""
     refusals: list[str] = []
     for implementation in OPS[node.op]:
         why_not = implementation.refuses(node.attrs, dtype)
+        if implementation.on_gpu is not None and node.op in distrusted:
+            why_not = f"it failed its self-check: {distrusted[node.op]}"
         if implementation.target == target and why_not is None:
             return implementation, why
         if implementation.target == target:
@@ -224,6 +222,32 @@ class _Weights:
         if tensor.dtype != stored.dtype:
             dtype = str(self._dtype).removeprefix("torch.")
             check_finite(names, tensor, f" as {dtype}", "choose a dtype with a wider range (--dtype)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Binder:
+    """Binds the nodes of a graph to implementations, weights and places."""
+
+    target: str
+    dtype: torch.dtype
+    why: str
+    weights: _Weights
+    distrusted: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, graph: Graph) -> tuple[PlanStep, ...]:
+        places = _place(graph)
+        choices = [_choose(node, self.target, self.dtype, self.why, self.distrusted) for node in graph.nodes]
+        return tuple(
+            PlanStep(
+                node=node,
+                implementation=implementation,
+                reason=reason,
+                weights=self.weights.of(node, implementation),
+                inputs=tuple(places[buffer] for buffer in node.inputs),
+                outputs=tuple(places[buffer] for buffer in node.outputs),
+            )
+            for node, (implementation, reason) in zip(graph.nodes, choices, strict=True)
+        )
 
 
 def _place(graph: Graph) -> dict[str, int]:

@@ -9,7 +9,9 @@ from typing import Any, Final
 import torch
 
 from pyruntime import env
+from pyruntime.errors import UsageError
 from pyruntime.graph import LOGITS, Graph, Node, verify, without_tail
+from pyruntime.ops.gpu import compiled
 from pyruntime.ops.gpu.choose import DEFAULT, Backend, Measured, choices_of, forced, load_table
 from pyruntime.ops.gpu.device import gpu_info
 from pyruntime.ops.gpu.frame import GpuInfo, GpuNode
@@ -44,7 +46,14 @@ class GpuTarget:
         """Raises UsageError TARGET for a device that target cuda cannot run on."""
         info = gpu_info(device)
         asked = env.gpu_kernels()
-        return GpuTarget(info, device, dtype, load_table(info), kernels=None if asked is None else Backend(asked))
+        module = compiled.load(info.interpreted)
+        if asked == Backend.CUDA and module is None:
+            raise UsageError(
+                "ENV",
+                "PYRUNTIME_GPU_KERNELS is cuda, but pyruntime._C_cuda is not built; install with PYRUNTIME_CUDA=1, or "
+                "unset it",
+            )
+        return GpuTarget(info, device, dtype, load_table(info), module, None if asked is None else Backend(asked))
 
     def bound(self, step: PlanStep) -> PlanStep:
         """The step with its launch, where it has one, and with the kernels that it chooses from in its reason."""

@@ -1,4 +1,4 @@
-"""Tests of what runs on GPUs: on one where there is one, in Triton's interpreter where TRITON_INTERPRET=1 asks for it."""
+"""Tests of what runs on GPUs: on one, or in Triton's interpreter where TRITON_INTERPRET=1 asks for it."""
 
 from __future__ import annotations
 
