@@ -34,9 +34,7 @@ def verify(graph: Graph, wanted: Rows = Rows.WANTED) -> None:
             _check(node, buffer not in written, f"{buffer} was written before")
             written[buffer] = (width, node.rows)
     last = graph.nodes[-1]
-    _check(
-        last, last.outputs == (LOGITS,) and last.rows is wanted, f"the last node must write the {wanted} logits"
-    )
+    _check(last, last.outputs == (LOGITS,) and last.rows is wanted, f"the last node must write the {wanted} logits")
     _check(last, slots == list(range(len(slots))), f"cache slots are {slots}")
 
 
