@@ -14,6 +14,7 @@ from pyruntime import env
 from pyruntime.cli.bench import bench_app
 from pyruntime.cli.chat import chat
 from pyruntime.cli.collect_env import collect_env
+from pyruntime.cli.doctor import doctor
 from pyruntime.cli.evaluate import evaluate
 from pyruntime.cli.fold import fold
 from pyruntime.cli.generate import generate
@@ -46,6 +47,7 @@ app.command("eval")(evaluate)
 app.command()(tradeoff)
 app.add_typer(bench_app)
 app.command("collect-env")(collect_env)
+app.command()(doctor)
 
 
 def _version(asked: bool) -> None:

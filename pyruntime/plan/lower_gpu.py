@@ -13,6 +13,7 @@ from pyruntime.errors import UsageError
 from pyruntime.graph import LOGITS, Graph, Node, verify, without_tail
 from pyruntime.ops.gpu import compiled
 from pyruntime.ops.gpu.choose import DEFAULT, Backend, Measured, choices_of, forced, load_table
+from pyruntime.ops.gpu.compiled_node import refused
 from pyruntime.ops.gpu.device import gpu_info
 from pyruntime.ops.gpu.frame import GpuInfo, GpuNode
 from pyruntime.ops.step import Rows
@@ -61,9 +62,14 @@ class GpuTarget:
         if on_gpu is None:
             return step
         num_weights = sum(weight.numel() for weight in step.weights.values())
-        choices = choices_of(step.node.op, num_weights, self.info, self.table)
-        if choices is not None and self.kernels is not None:
-            choices = forced(self.kernels)
+        choices = (
+            choices_of(step.node.op, num_weights, self.info, self.table)
+            if self.kernels is None
+            else forced(step.node.op, self.kernels)
+        )
+        if choices is not None and choices.uses(Backend.CUDA):
+            why_not = refused(step.node.attrs, step.weights, self.dtype, self.compiled)
+            choices = choices if why_not is None else choices.without_cuda(why_not)
         reason = step.reason if choices is None else f"{step.reason}; {choices}"
         node = GpuNode(
             step.node.name, step.weights, self.dtype, self.device, self.info, choices or DEFAULT, self.compiled

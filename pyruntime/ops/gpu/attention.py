@@ -13,6 +13,8 @@ from pyruntime.kernels.attention import attention_decode_kernel
 from pyruntime.kernels.attention_prefill import attention_prefill_kernel
 from pyruntime.ops.attention import AttentionAttrs, slopes
 from pyruntime.ops.attention import layouts as gains
+from pyruntime.ops.gpu.choose import Backend
+from pyruntime.ops.gpu.compiled_attention import attend
 from pyruntime.ops.gpu.frame import Frame, GpuInfo, GpuNode, GpuView, Launch
 from pyruntime.ops.layout import Layout
 from pyruntime.spec import GAINS, Attention, Cached
@@ -73,7 +75,7 @@ def decode_blocks(attention: Attention, num_rows: int, longest: int, itemsize: i
         tile=tile,
         rows=min(_power_of_two(_group(attention)), tile),
         block=min(max(block, _MIN_TILE), _MAX_BLOCK),
-        splits=_splits(attention, programs, longest, num_sms),
+        splits=_splits(attention, programs, longest, _PER_SM * num_sms),
         # float32 is multiplied without matrix instructions, in many more registers
         warps=8 if tile > _MIN_TILE or itemsize == 4 else 4,
         stages=3 if tile == _MAX_DECODE_TILE else 5,
@@ -85,8 +87,9 @@ def prefill_blocks(attention: Attention, view: GpuView, longest: int, itemsize: 
 
     A tile is up to 128 queries, fewer where no sequence of the step has as many or where the processors would not all
     have one. Smaller tiles that are still few, as of a short chunk behind a long context, take their tokens in parts
-    like decode. Sizes are what registers hold without a spill: float32 is multiplied without matrix instructions,
-    before capability 90 all operands lie in registers, and shaped attention has a second sum.
+    like decode; one of 64 and more needs the registers of a whole processor. Sizes are what registers hold without a
+    spill: float32 is multiplied without matrix instructions, before capability 90 all operands lie in registers, and
+    shaped attention has a second sum.
     """
     dims = _dims(attention)
     most = 32 if itemsize == 4 else 64 if dims > 128 or attention.shaped else 128
@@ -99,16 +102,16 @@ def prefill_blocks(attention: Attention, view: GpuView, longest: int, itemsize: 
         tile=tile,
         rows=tile,
         block=min(max(values // dims, _MIN_TILE), 64),
-        splits=1 if tile == 128 else _splits(attention, programs, longest, info.num_sms),
+        splits=_splits(attention, programs, longest, info.num_sms * (1 if tile >= 64 else _PER_SM)),
         warps=8 if tile >= 64 or itemsize == 4 else 4,
-        stages=3,
+        stages=3 if itemsize == 4 else 5,
     )
 
 
-def _splits(attention: Attention, programs: int, longest: int, num_sms: int) -> int:
-    """Parts that make two programs a processor of `programs`, if a row sees enough for them among `longest` tokens."""
+def _splits(attention: Attention, programs: int, longest: int, slots: int) -> int:
+    """Parts that make `slots` programs of `programs`, if a row sees enough for them among `longest` tokens."""
     seen = longest if attention.window is None else min(longest, attention.window)
-    return max(min(-(-_PER_SM * num_sms // programs), seen // MIN_CHUNK), 1)
+    return max(min(-(-slots // programs), seen // MIN_CHUNK), 1)
 
 
 def on_gpu(attrs: AttentionAttrs, node: GpuNode) -> Launch:
@@ -117,7 +120,12 @@ def on_gpu(attrs: AttentionAttrs, node: GpuNode) -> Launch:
     alibi = slopes(attention.num_heads).float().to(node.device) if attention.alibi else None
 
     def launch(frame: Frame) -> None:
-        (_decode if frame.view.decode else _prefill)(frame, attrs, node, alibi)
+        if not frame.view.decode:
+            _prefill(frame, attrs, node, alibi)
+        elif node.choices.at(frame.view.num_rows).backend is Backend.CUDA:
+            attend(node.compiled, attrs, frame)
+        else:
+            _decode(frame, attrs, node, alibi)
 
     return launch
 

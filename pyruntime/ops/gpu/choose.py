@@ -43,6 +43,18 @@ class Choices:
         """The choice for a step of `num_rows` rows."""
         return next(each for each in self.ranges if each.max_rows is None or num_rows <= each.max_rows)
 
+    def uses(self, backend: Backend) -> bool:
+        """Whether some number of rows is the backend's."""
+        return any(each.backend is backend for each in self.ranges)
+
+    def without_cuda(self, reason: str) -> Choices:
+        """The same with Triton's kernels in place of CUDA C++, because the latter refuse."""
+        ranges = tuple(
+            Choice(each.max_rows, Backend.TRITON, f"cuda refused: {reason}") if each.backend is Backend.CUDA else each
+            for each in self.ranges
+        )
+        return Choices(ranges)
+
     def __str__(self) -> str:
         """Ranges of rows, what runs each, and why."""
         parts = [
@@ -59,8 +71,10 @@ _NOT_MEASURED: Final = "not measured on this device"
 DEFAULT: Final = Choices(
     (Choice(SKINNY_ROWS, Backend.TRITON, _NOT_MEASURED), Choice(None, Backend.VENDOR, _NOT_MEASURED))
 )
+# the vendor's attention knows neither pages nor what was merged away
+_OURS: Final = Choices((Choice(None, Backend.TRITON, _NOT_MEASURED),))
 # ops that more than one backend runs
-_PRODUCTS: Final = ("qkv_rope", "linear", "mlp", "mlp_chain", "head")
+_DEFAULTS: Final = {**dict.fromkeys(("qkv_rope", "linear", "mlp", "mlp_chain", "head"), DEFAULT), "attention": _OURS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +92,11 @@ def choices_of(op: str, num_weights: int, info: GpuInfo, table: Sequence[Measure
 
     Of the table's nodes with the same op, the nearest in size decides: time goes with the bytes that are read.
     """
-    if op not in _PRODUCTS:
+    if op not in _DEFAULTS:
         return None
     sizes = {each.weights for each in table if each.op == op}
     if not sizes:
-        return DEFAULT
+        return _DEFAULTS[op]
     nearest = min(sizes, key=lambda size: abs(size - num_weights))
     lines = [each for each in table if (each.op, each.weights) == (op, nearest)]
     lines.sort(key=lambda each: (each.max_rows is None, each.max_rows))
@@ -90,8 +104,12 @@ def choices_of(op: str, num_weights: int, info: GpuInfo, table: Sequence[Measure
     return Choices(tuple(Choice(each.max_rows, each.backend, reason) for each in lines))
 
 
-def forced(backend: Backend) -> Choices:
-    """The same backend for every step, because it was asked for."""
+def forced(op: str, backend: Backend) -> Choices | None:
+    """The backend that was asked for, for every step; None where there is no choice."""
+    if op not in _DEFAULTS:
+        return None
+    if op == "attention" and backend is Backend.VENDOR:
+        return _OURS
     return Choices((Choice(None, backend, "asked for"),))
 
 

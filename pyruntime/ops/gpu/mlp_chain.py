@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pyruntime.ops.gpu.choose import Backend
+from pyruntime.ops.gpu.compiled_mlp_chain import most_rows, refused, run_chain
 from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
 from pyruntime.ops.gpu.mlp import layouts as part_layouts
 from pyruntime.ops.gpu.mlp import part_on_gpu
@@ -24,10 +26,17 @@ def layouts(attrs: MlpChainAttrs) -> dict[str, Layout]:
 
 
 def on_gpu(attrs: MlpChainAttrs, node: GpuNode) -> Launch:
-    """The launches of each MLP; from the second on, the stream stays in its place."""
+    """One launch of few rows in CUDA C++, or those of each MLP; from the second on, the stream stays in its place."""
     parts = [part_on_gpu(part, _node_of(node, f"{i}.")) for i, part in enumerate(attrs.parts)]
+    num_sms, at_once = node.info.num_sms, 0
+    if node.compiled is not None and refused(node.compiled, attrs, node.dtype, num_sms) is None:
+        at_once = most_rows(node.compiled, attrs, num_sms)
 
     def launch(frame: Frame) -> None:
+        num_rows = frame.view.num_rows
+        if num_rows <= at_once and node.choices.at(num_rows).backend is Backend.CUDA:
+            run_chain(node.compiled, attrs, node, frame)
+            return
         stream, out = frame.inputs[0], frame.outputs[0]
         for part in parts:
             # what the part before took is free

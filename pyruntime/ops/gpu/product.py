@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyruntime.kernels.product import finish_kernel, product_kernel
+from pyruntime.ops.gpu import compiled
 from pyruntime.ops.gpu.choose import Backend
 from pyruntime.ops.gpu.frame import Frame, GpuNode
 from pyruntime.ops.gpu.norm import launch_norm
@@ -71,10 +72,8 @@ def product_on_gpu(product: Product, node: GpuNode) -> ProductLaunch:
 
     def launch(frame: Frame, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
         assert x.is_meta or x.data_ptr() != out.data_ptr(), f"{node.name}: a product's output lies on its input"
-        if node.choices.at(x.shape[0]).backend is Backend.VENDOR:
-            _launch_wide(frame, product, node, x, out, residual)
-        else:
-            _launch_skinny(frame, product, node, x, out, residual)
+        launches = {Backend.VENDOR: _launch_wide, Backend.CUDA: _launch_compiled, Backend.TRITON: _launch_skinny}
+        launches[node.choices.at(x.shape[0]).backend](frame, product, node, x, out, residual)
 
     return launch
 
@@ -156,6 +155,30 @@ def _launch_skinny(
         BLOCK_INPUTS=blocks.inputs,
         BLOCK_ROWS=blocks.rows,
         SPLITS=blocks.splits,
+    )
+
+
+def _launch_compiled(
+    frame: Frame, product: Product, node: GpuNode, x: Tensor, out: Tensor, residual: Tensor | None
+) -> None:
+    """The same in CUDA C++."""
+    weight, bias, gain = _weights_of(product, node)
+    norm = product.norm if _is_deferred(product.norm, node.dtype) else None
+    if product.norm is not None and norm is None:
+        x = _normed(frame, product, node, x)
+    compiled.product(
+        frame,
+        node.compiled,
+        x,
+        weight,
+        out,
+        gain=None if norm is None else gain,
+        eps=None if norm is None else norm.eps,
+        bias=bias,
+        residual=residual,
+        activation=product.activation,
+        gated=product.gated,
+        softcap=product.softcap,
     )
 
 
