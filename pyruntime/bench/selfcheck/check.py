@@ -165,11 +165,11 @@ def _check_dtype(target: str, device: torch.device, dtype: torch.dtype) -> list[
 
 def _verdict(op: str, target: str, dtype: torch.dtype, found: Found, refused: dict[str, str]) -> OpCheck:
     name, nmse = _name(dtype), found.nmse.get(op)
+    limit = 0.0 if op == _SAMPLE else limit_of(op, dtype)
     if op in found.wrong:
         # infinite where something was not written: no number that JSON has
         known = nmse if nmse is not None and math.isfinite(nmse) else None
-        return OpCheck(op, target, name, Verdict.FAILED, known, limit_of(op, dtype), found.wrong[op])
-    limit = 0.0 if op == _SAMPLE else limit_of(op, dtype)
+        return OpCheck(op, target, name, Verdict.FAILED, known, limit, found.wrong[op])
     if nmse is not None:
         return OpCheck(op, target, name, Verdict.PASSED, nmse, limit)
     if op in refused:

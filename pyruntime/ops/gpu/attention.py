@@ -28,6 +28,9 @@ _MIN_TILE: Final = 16
 _MAX_DECODE_TILE: Final = 64
 _MAX_BLOCK: Final = 128
 _DECODE_BLOCK_BYTES: Final = 16384
+# values of the queries of a tile, at most, and of a head
+_TILE_VALUES: Final = 16384
+_MAX_HEAD_DIM: Final = 512
 # partial sums that the last program loads at a time: 32 registers a thread
 _COMBINED: Final = 4096
 
@@ -58,18 +61,22 @@ def refuses(attrs: AttentionAttrs, dtype: torch.dtype) -> str | None:
         return "float64 is not computed on a GPU"
     if attrs.attention.cached is not Cached.KEYS_VALUES:
         return f"its kernels read keys and values, not {attrs.attention.cached} alone (slim attention)"
+    if attrs.attention.head_dim > _MAX_HEAD_DIM:
+        return f"its kernels hold heads of up to {_MAX_HEAD_DIM} values, not {attrs.attention.head_dim}"
     return None
 
 
 def decode_blocks(attention: Attention, num_rows: int, longest: int, itemsize: int, num_sms: int) -> Blocks:
     """Blocks for `num_rows` sequences of up to `longest` tokens, one row each.
 
-    A tile is all query heads of a key head, or 64 of them. A block of keys is 16 KiB; five stages, of which the page
-    numbers take two, keep two blocks of keys and of values on their way. Parts make two programs a processor where a
-    row sees enough for them.
+    A tile is all query heads of a key head, or 64 of them (32 if they are wider than 256). A block of keys is 16 KiB;
+    five stages, of which the page numbers take two, keep two blocks of keys and of values on their way. Parts make two
+    programs a processor where a row sees enough for them.
     """
-    block = _DECODE_BLOCK_BYTES // (_dims(attention) * itemsize)
-    tile = min(max(_power_of_two(_group(attention)), _MIN_TILE), _MAX_DECODE_TILE)
+    dims = _dims(attention)
+    block = _DECODE_BLOCK_BYTES // (dims * itemsize)
+    most = min(_MAX_DECODE_TILE, _TILE_VALUES // dims)
+    tile = min(max(_power_of_two(_group(attention)), _MIN_TILE), most)
     programs = num_rows * attention.num_kv_heads * -(-_group(attention) // tile)
     return Blocks(
         tile=tile,
@@ -78,7 +85,7 @@ def decode_blocks(attention: Attention, num_rows: int, longest: int, itemsize: i
         splits=_splits(attention, programs, longest, _PER_SM * num_sms),
         # float32 is multiplied without matrix instructions, in many more registers
         warps=8 if tile > _MIN_TILE or itemsize == 4 else 4,
-        stages=3 if tile == _MAX_DECODE_TILE else 5,
+        stages=3 if tile == most or dims > 256 else 5,
     )
 
 
@@ -87,24 +94,26 @@ def prefill_blocks(attention: Attention, view: GpuView, longest: int, itemsize: 
 
     A tile is up to 128 queries, fewer where no sequence of the step has as many or where the processors would not all
     have one. Smaller tiles that are still few, as of a short chunk behind a long context, take their tokens in parts
-    like decode; one of 64 and more needs the registers of a whole processor. Sizes are what registers hold without a
+    like decode; one of 8 warps needs the registers of a whole processor. Sizes are what registers hold without a
     spill: float32 is multiplied without matrix instructions, before capability 90 all operands lie in registers, and
     shaped attention has a second sum.
     """
     dims = _dims(attention)
-    most = 32 if itemsize == 4 else 64 if dims > 128 or attention.shaped else 128
-    tile = min(max(_power_of_two(view.longest * _group(attention)), _MIN_TILE), most)
+    most = 32 if itemsize == 4 else min(_TILE_VALUES // dims, 128) >> attention.shaped
+    # wide heads of few queries spill in smaller tiles
+    tile = most if dims > 128 else max(min(_power_of_two(view.longest * _group(attention)), most), _MIN_TILE)
     if tile == 128 and math.prod(_prefill_tiles(attention, view, tile)) < info.num_sms:
         tile = 64
+    warps = 8 if tile * dims >= 8192 or itemsize == 4 else 4
     programs = math.prod(_prefill_tiles(attention, view, tile))
     values = 8192 >> (2 * (itemsize == 4) + (info.capability < 90) + attention.shaped)
     return Blocks(
         tile=tile,
         rows=tile,
         block=min(max(values // dims, _MIN_TILE), 64),
-        splits=_splits(attention, programs, longest, info.num_sms * (1 if tile >= 64 else _PER_SM)),
-        warps=8 if tile >= 64 or itemsize == 4 else 4,
-        stages=3 if itemsize == 4 else 5,
+        splits=_splits(attention, programs, longest, info.num_sms * (1 if warps == 8 else _PER_SM)),
+        warps=warps,
+        stages=3 if itemsize == 4 or dims > 256 else 5,
     )
 
 

@@ -18,6 +18,12 @@ _MODULE: Final = "pyruntime._C_cuda"
 _TWIN: Final = "_C_cuda_twin"
 # of one launch; more rows take several, each of which reads the weights
 MAX_ROWS: Final = 64
+# shared memory of a block, in KiB, where it is less than what other devices have
+_SHARED_KIB: Final = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}
+_MOST_SHARED_KIB: Final = 227
+# with less, there is room for fewer rows
+_SHARED_KIB_OF_MAX_ROWS: Final = 163
+_FEWER_ROWS: Final = 16
 # inputs that a thread reads at once, 16 bytes of weights
 _ALIGNED: Final = 8
 
@@ -89,7 +95,7 @@ def product(
         "softcap": softcap or 0.0,
         **_NO_HEADS,
     }
-    for rows in _launches(x):
+    for rows in _launches(frame, x):
         part = None if residual is None else residual[rows]
         placed = {"residual": _address(part), "residual_stride": 0 if part is None else part.stride(0)}
         _launch(frame, compiled, x[rows], weight, out[rows], pairs, {**shared, **placed})
@@ -143,7 +149,7 @@ def qkv(
         "values": _address(values),
     }
     pairs = (num_heads + 2 * num_kv_heads) * -(-attention.head_dim // 2)
-    for rows in _launches(x):
+    for rows in _launches(frame, x):
         placed = {"positions": view.positions[rows].data_ptr(), "sequences": view.sequences[rows].data_ptr()}
         # without queries there is no output: keys and values are found by their own addresses
         out = frame.outputs[0][rows] if query else x[rows, :0]
@@ -170,10 +176,15 @@ _NO_HEADS: Final[dict[str, int]] = dict.fromkeys(
 )
 
 
-def _launches(x: Tensor) -> Iterator[slice]:
+def _launches(frame: Frame, x: Tensor) -> Iterator[slice]:
     """The rows of each launch."""
-    for begin in range(0, x.shape[0], MAX_ROWS):
-        yield slice(begin, begin + MAX_ROWS)
+    size = MAX_ROWS if _shared_kib(frame) >= _SHARED_KIB_OF_MAX_ROWS else _FEWER_ROWS
+    for begin in range(0, x.shape[0], size):
+        yield slice(begin, begin + size)
+
+
+def _shared_kib(frame: Frame) -> int:
+    return _SHARED_KIB.get(frame.info.capability, _MOST_SHARED_KIB)
 
 
 def _launch(
@@ -182,7 +193,9 @@ def _launch(
     """One launch, cut as suits the device. Rows lie apart as far as the tensors say, columns are contiguous."""
     assert x.stride(1) == 1 and weight.is_contiguous() and (out.shape[1] <= 1 or out.stride(1) == 1)
     rows, inputs = x.shape
-    plan = compiled.plan_product(rows=rows, pairs=pairs, inputs=inputs, num_sms=frame.info.num_sms)
+    plan = compiled.plan_product(
+        rows=rows, pairs=pairs, inputs=inputs, num_sms=frame.info.num_sms, shared_bytes=_shared_kib(frame) * 1024
+    )
     partials, squares, counters = None, None, None
     if plan["splits"] > 1:
         partials = frame.scratch((plan["num_partials"],), torch.float32)

@@ -62,3 +62,8 @@ def gpu_info(device: torch.device) -> GpuInfo:
             "more: choose target reference",
         )
     return GpuInfo(properties.name, capability, properties.multi_processor_count)
+
+
+def refused_dtype(attrs: object, dtype: torch.dtype) -> str | None:
+    """Why no kernel here runs a dtype, or None."""
+    return "float64 is not computed on a GPU" if dtype is torch.float64 else None

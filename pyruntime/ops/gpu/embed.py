@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 import triton
 
 from pyruntime.kernels.embed import embed_kernel
 from pyruntime.ops.embed import EmbedAttrs
+from pyruntime.ops.gpu.device import refused_dtype as refuses
 from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
 from pyruntime.ops.layout import Layout, LayoutKind, stored
+
+__all__ = ["layouts", "on_gpu", "refuses"]
 
 _BLOCK: Final = 1024
 
@@ -19,11 +21,6 @@ def layouts(attrs: EmbedAttrs) -> dict[str, Layout]:
     """The table as the head wants it, so that a shared one is kept once."""
     table = Layout(LayoutKind.ROWS, ("weight",), (attrs.embedding.vocab_size,))
     return {"table": table} | ({} if attrs.embedding.positions is None else {"positions": stored("position.weight")})
-
-
-def refuses(attrs: EmbedAttrs, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run it, or None."""
-    return "float64 is not computed on a GPU" if dtype is torch.float64 else None
 
 
 def on_gpu(attrs: EmbedAttrs, node: GpuNode) -> Launch:

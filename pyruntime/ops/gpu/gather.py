@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 import triton
 
 from pyruntime.kernels.gather import gather_kernel
 from pyruntime.ops.gather import GatherAttrs
+from pyruntime.ops.gpu.device import refused_dtype as refuses
 from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
 from pyruntime.ops.layout import Layout
+
+__all__ = ["layouts", "on_gpu", "refuses"]
 
 _BLOCK: Final = 1024
 
@@ -18,11 +20,6 @@ _BLOCK: Final = 1024
 def layouts(attrs: GatherAttrs) -> dict[str, Layout]:
     """None."""
     return {}
-
-
-def refuses(attrs: GatherAttrs, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run it, or None."""
-    return "float64 is not computed on a GPU" if dtype is torch.float64 else None
 
 
 def on_gpu(attrs: GatherAttrs, node: GpuNode) -> Launch:

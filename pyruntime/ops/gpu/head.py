@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pyruntime.ops.gpu.device import refused_dtype as refuses
 from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
 from pyruntime.ops.gpu.product import Product, product_on_gpu
-from pyruntime.ops.gpu.product import refused_dtype as refuses
 from pyruntime.ops.head import HeadAttrs
 from pyruntime.ops.layout import Layout, norm_layouts, row_layouts
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyruntime.ops.gpu.device import refused_dtype as refuses
 from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
 from pyruntime.ops.gpu.product import Product, product_on_gpu
-from pyruntime.ops.gpu.product import refused_dtype as refuses
 from pyruntime.ops.layout import Layout, norm_layouts, row_layouts
 from pyruntime.ops.mlp import MlpAttrs
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from pyruntime.ops.gpu.choose import Backend
 from pyruntime.ops.gpu.compiled_mlp_chain import most_rows, refused, run_chain
+from pyruntime.ops.gpu.device import refused_dtype as refuses
 from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
 from pyruntime.ops.gpu.mlp import layouts as part_layouts
 from pyruntime.ops.gpu.mlp import part_on_gpu
-from pyruntime.ops.gpu.product import refused_dtype as refuses
 from pyruntime.ops.layout import Layout
 from pyruntime.ops.mlp_chain import MlpChainAttrs
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from pyruntime.kernels.norm import norm_kernel
+from pyruntime.ops.gpu.device import refused_dtype as refuses
 from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
 from pyruntime.ops.layout import Layout
 from pyruntime.ops.norm import NormAttrs
 from pyruntime.ops.norm import layouts as norm_layouts
 from pyruntime.spec import Norm, NormKind
+
+__all__ = ["launch_norm", "layouts", "on_gpu", "refuses"]
+
 
 # values that one program holds at a time, and per warp: 16 a thread
 _MAX_BLOCK: Final = 8192
@@ -24,11 +27,6 @@ _MAX_WARPS: Final = 16
 def layouts(attrs: NormAttrs) -> dict[str, Layout]:
     """Gain and bias."""
     return norm_layouts(attrs)
-
-
-def refuses(attrs: NormAttrs, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run it, or None."""
-    return "float64 is not computed on a GPU" if dtype is torch.float64 else None
 
 
 def on_gpu(attrs: NormAttrs, node: GpuNode) -> Launch:

@@ -62,11 +62,6 @@ class Blocks:
     num_warps: int
 
 
-def refused_dtype(attrs: object, dtype: torch.dtype) -> str | None:
-    """Why the products' kernels cannot run a dtype, or None."""
-    return "float64 is not computed on a GPU" if dtype is torch.float64 else None
-
-
 def product_on_gpu(product: Product, node: GpuNode) -> ProductLaunch:
     """The launches of a product for any number of rows; `out` may be the residual, not x."""
 

@@ -12,13 +12,16 @@ from torch import Tensor
 from pyruntime.kernels import rope_append as bits
 from pyruntime.kernels.qkv_rope import qkv_rope_kernel
 from pyruntime.kernels.rope_append import rope_append_kernel
+from pyruntime.ops.gpu import compiled
 from pyruntime.ops.gpu.choose import Backend
+from pyruntime.ops.gpu.device import refused_dtype
 from pyruntime.ops.gpu.frame import Frame, GpuNode, Launch
 from pyruntime.ops.gpu.norm import launch_norm
 from pyruntime.ops.gpu.product import Blocks, Product, ProductLaunch, blocks_of, product_on_gpu
 from pyruntime.ops.layout import Layout, norm_layouts, row_layouts
+from pyruntime.ops.native_step import refused_cache
 from pyruntime.ops.qkv_rope import QkvRopeAttrs
-from pyruntime.spec import Cached, Linear, Norm, NormKind
+from pyruntime.spec import Linear, Norm, NormKind
 
 ROLES: Final = ("q", "k", "v")
 # values of a row that one program turns and stores, and per warp
@@ -50,11 +53,7 @@ def layouts(attrs: QkvRopeAttrs) -> dict[str, Layout]:
 
 def refuses(attrs: QkvRopeAttrs, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run it, or None."""
-    if dtype is torch.float64:
-        return "float64 is not computed on a GPU"
-    if attrs.attention.cached is not Cached.KEYS_VALUES:
-        return f"its kernels cache keys and values, not {attrs.attention.cached} alone (slim attention)"
-    return None
+    return refused_dtype(attrs, dtype) or refused_cache(attrs.attention)
 
 
 def on_gpu(attrs: QkvRopeAttrs, node: GpuNode) -> Launch:
@@ -63,12 +62,33 @@ def on_gpu(attrs: QkvRopeAttrs, node: GpuNode) -> Launch:
     is_fused = fuses(attrs, node.dtype)
 
     def launch(frame: Frame) -> None:
-        if is_fused and node.choices.at(frame.view.num_rows).backend is not Backend.VENDOR:
-            _launch_fused(frame, attrs, node)
-        else:
+        backend = node.choices.at(frame.view.num_rows).backend
+        if not is_fused or backend is Backend.VENDOR:
             in_parts(frame)
+        elif backend is Backend.CUDA:
+            _launch_compiled(frame, attrs, node)
+        else:
+            _launch_fused(frame, attrs, node)
 
     return launch
+
+
+def _launch_compiled(frame: Frame, attrs: QkvRopeAttrs, node: GpuNode) -> None:
+    """The same in CUDA C++, where nothing was merged away and heads have no norms."""
+    weights, norm = node.weights, attrs.norm
+    compiled.qkv(
+        frame,
+        node.compiled,
+        frame.inputs[0],
+        weights["matrix"],
+        attrs.attention,
+        attrs.slot,
+        query=attrs.query,
+        cache=attrs.cache,
+        gain=weights.get("norm.gain"),
+        eps=None if norm is None else norm.eps,
+        bias=weights.get("matrix.bias"),
+    )
 
 
 def fuses(attrs: QkvRopeAttrs, dtype: torch.dtype) -> bool:
