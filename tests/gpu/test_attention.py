@@ -27,7 +27,7 @@ def test_any_number_of_query_heads_shares_a_key_head(heads: tuple[int, int], dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [1, 6, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 6, 64, 96, 128, 256, 512])
 def test_heads_have_any_width(head_dim: int, dtype: torch.dtype) -> None:
     Attending(attention_of(4, 2, head_dim), CONTEXTS, dtype).check()
 
@@ -105,12 +105,13 @@ def test_a_window_bounds_the_parts() -> None:
     assert decode_blocks(attention, 1, 16384, 2, 132).splits == 4
 
 
-def test_float64_and_slim_attention_are_refused_in_words() -> None:
+def test_what_no_kernel_holds_is_refused_in_words() -> None:
     attention = attention_of(4, 4, 16)
     slim = replace(attention, cached=Cached.KEYS, v=lin(64, 64))
     assert refuses(AttentionAttrs(attention, 0), torch.bfloat16) is None
     assert "float64" in str(refuses(AttentionAttrs(attention, 0), torch.float64))
     assert "slim attention" in str(refuses(AttentionAttrs(slim, 0), torch.bfloat16))
+    assert "not 520" in str(refuses(AttentionAttrs(attention_of(1, 1, 520), 0), torch.bfloat16))
 
 
 def test_gains_are_float32_and_there_is_nothing_else() -> None:

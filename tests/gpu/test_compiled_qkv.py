@@ -1,8 +1,7 @@
-"""Queries, keys and values of the CUDA kernels against float64, in pages of a cache whose other places stay as they are."""
+"""Queries, keys and values of the CUDA kernels against float64, in a cache whose other places stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from torch import Tensor
 from pyruntime.ops.cache import KvShape
 from pyruntime.ops.gpu import compiled
 from pyruntime.spec import Attention, Linear, Rope, RopeKind
-from tests.gpu.helpers import DEVICE, INTERPRETED, Guarded, cache_of, frame_of, guarded, nmse, random, view_of
-from tests.gpu.twin import twin
+from tests.gpu.helpers import DEVICE, Guarded, cache_of, frame_of, guarded, nmse, random, view_of
+from tests.gpu.twin import kernels
 
 IN_SIZE = 96
 PAGE_SIZE = 4
@@ -21,12 +20,9 @@ EXACT = 1e-4  # stored in 16 bit
 
 
 @pytest.fixture
-def module() -> Iterator[Any]:
+def module() -> Any:
     """The kernels that run here."""
-    found = twin() if INTERPRETED else compiled.load(interpreted=False)
-    if found is None:
-        pytest.skip("the CUDA extension was not built")
-    yield found
+    return kernels()
 
 
 def attention(num_heads: int, num_kv_heads: int, head_dim: int, rope_dim: int) -> Attention:

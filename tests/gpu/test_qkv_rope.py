@@ -179,6 +179,12 @@ def test_narrow_dtypes_round_once(name: str, dtype: torch.dtype, backend: Backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_beyond_float16_is_normed_before_it_is_rounded(backend: Backend) -> None:
+    case = Case.of(attrs_of(KEPT["biases"]), ONE, torch.float16)
+    replace(case, x=random(1, case.attrs.in_size, scale=1e6)).check(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["biases", "query merged", "all merged", "pivoted with norms", "norms over heads"])
 @pytest.mark.parametrize("half", [{"query": False}, {"cache": False}])
 def test_the_tail_computes_queries_apart_from_keys_and_values(

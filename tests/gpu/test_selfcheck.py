@@ -78,7 +78,8 @@ def test_a_launch_that_raises_fails_its_op_and_the_others_go_on() -> None:
     found = found_in(plan_with(raising))
     assert set(found.wrong) == {"mlp"}
     assert found.wrong["mlp"].endswith("RuntimeError: no kernel image is available")
-    assert set(found.nmse) == OPS - {"mlp"}
+    assert set(found.nmse) == OPS
+    assert all(nmse < 1e-6 for op, nmse in found.nmse.items() if op != "mlp")
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter launches once: nothing can race")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pybind11
+import pytest
+
+from pyruntime.ops.gpu import compiled
+from tests.gpu.helpers import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 NAME = "_C_cuda_twin"
@@ -35,13 +38,16 @@ def build(folder: Path) -> Path:
 @cache
 def twin() -> Any:
     """The module, built once a process; PYRUNTIME_CUDA_TWIN names one that was built before."""
-    path = os.environ.get("PYRUNTIME_CUDA_TWIN")
-    if path is None:
+    if "PYRUNTIME_CUDA_TWIN" not in os.environ:
         folder = tempfile.mkdtemp(prefix="pyruntime-twin-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        path = os.environ["PYRUNTIME_CUDA_TWIN"] = str(build(Path(folder)))
-    spec = importlib.util.spec_from_file_location(NAME, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        os.environ["PYRUNTIME_CUDA_TWIN"] = str(build(Path(folder)))
+    return compiled.load(interpreted=True)
+
+
+def kernels() -> Any:
+    """The CUDA kernels that run here: those of the GPU, or their twin where Triton is interpreted."""
+    found = twin() if INTERPRETED else compiled.load(interpreted=False)
+    if found is None:
+        pytest.skip("the CUDA extension was not built")
+    return found
