@@ -70,8 +70,14 @@ def lower(
 
         made_for = GpuTarget.of(torch.device(device), torch_dtype)
         bind = replace(bind, distrusted=_distrusted(made_for.info))
-        sizes = {"vocab_size": model.spec.vocab_size, "max_position": model.spec.max_position}
-        gpu = make_runner(graph, made_for, bind, **sizes)
+        gpu = make_runner(
+            graph,
+            made_for,
+            bind,
+            vocab_size=model.spec.vocab_size,
+            max_position=model.spec.max_position,
+            trusts_sampler="sample" not in bind.distrusted,
+        )
     steps = bind(graph) if gpu is None else gpu.steps.prefill
     plan = Plan(
         target=target,

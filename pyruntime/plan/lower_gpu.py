@@ -77,7 +77,9 @@ class GpuTarget:
         return replace(step, launch=on_gpu(step.node.attrs, node), reason=reason)
 
 
-def make_runner(graph: Graph, target: GpuTarget, bind: Bind, *, vocab_size: int, max_position: int) -> GpuRunner:
+def make_runner(
+    graph: Graph, target: GpuTarget, bind: Bind, *, vocab_size: int, max_position: int, trusts_sampler: bool
+) -> GpuRunner:
     """The runner of `graph`, whose decode form is made here. `bind` is asked for the decode form first.
 
     That one has the whole matrices, of which the tail's halves are views.
@@ -93,7 +95,7 @@ def make_runner(graph: Graph, target: GpuTarget, bind: Bind, *, vocab_size: int,
         device=target.device,
         vocab_size=vocab_size,
         max_position=max_position,
-        sampler=DeviceSampler(),
+        sampler=DeviceSampler(trusted=trusts_sampler),
     )
 
 

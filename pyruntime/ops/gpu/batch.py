@@ -18,12 +18,13 @@ from pyruntime.ops.step import Rows, SequenceSlice
 # every field starts where 16 bytes can be read at once
 _ALIGNMENT: Final = 4
 _SAMPLING: Final = {
-    "temperature": torch.float32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
+    # as wide as the reference has them: a border of top-p must not move
+    "temperature": torch.float64,
+    "top_p": torch.float64,
+    "min_p": torch.float64,
+    "seed": torch.int64,
     "top_k": torch.int32,
     "step": torch.int32,
-    "seed": torch.int64,
 }
 
 

@@ -2,7 +2,7 @@
 
 Everything is computed in float64 from the float32 logits, as in the reference, but summed in another order, so sums
 differ in their last bits: about 1e-13 of the whole. A token differs only where a random number, `top_p` or `min_p` is
-that close to a border. Other rows change nothing.
+that close to a border, or two probabilities to each other there. Other rows change nothing.
 """
 
 from __future__ import annotations
