@@ -13,10 +13,9 @@ from pyruntime.bench.run import (
     bench_latency,
     bench_throughput,
     load_shape,
-    step_runner,
-    steps_runner,
 )
 from pyruntime.bench.shapes import Shape, parse_shape, shape_names, shape_spec
+from pyruntime.bench.steps import step_runner, steps_runner
 from pyruntime.bench.summary import describe, num_weights, summary
 from pyruntime.bench.timing import Ceiling, Samples, interleaved, percentile, sampled
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyruntime.bench.run import step_runner
+from pyruntime.bench.steps import step_runner
 from pyruntime.bench.timing import Probe, Samples, interleaved, percentile
 from pyruntime.graph import Cost, SequenceWork
 from pyruntime.plan import Plan

@@ -17,18 +17,17 @@ from pyruntime.bench.gate import GateResult, check_plan
 from pyruntime.bench.machine import commit, machine
 from pyruntime.bench.random_model import random_model
 from pyruntime.bench.shapes import shape_spec
+from pyruntime.bench.steps import steps_runners
 from pyruntime.bench.summary import num_weights
-from pyruntime.bench.timing import Samples, interleaved, percentile, sampled, wait_for
+from pyruntime.bench.timing import Samples, interleaved, percentile, sampled
 from pyruntime.engine.load import DropOptions, EngineSizes, Loaded, make_engine, pruned
 from pyruntime.engine.memory import check_memory
 from pyruntime.engine.params import SamplingParams
 from pyruntime.errors import UsageError
 from pyruntime.graph import Cost, SequenceWork, build, fuse
-from pyruntime.ops.step import SequenceSlice, make_step
-from pyruntime.plan import Plan, lower
+from pyruntime.plan import Plan, lower, resolve_device
 
 PERCENTILES: Final = (10, 25, 50, 75, 90, 99)
-_PAGE_SIZE: Final = 16
 _MAX_BATCH: Final = 4096
 Progress = Callable[[int], None]
 
@@ -127,7 +126,7 @@ def bench_forward(loaded: Loaded, load: ForwardLoad, repeats: int, name: str | N
     tests = _tests(load, loaded.model.spec.max_position)
     gate, plan = check_plan(loaded.plan, loaded.model), loaded.plan
     ceilings = Ceilings(plan.device)
-    runs = [steps_runner(plan, test.works()) for test in tests]
+    runs = steps_runners(plan, [test.works() for test in tests])
     timed = interleaved(runs, repeats, warmup=1, probe=ceilings.probe(plan.dtype))
     about = _about(loaded, gate, ceilings, None, name)
     return [
@@ -158,40 +157,9 @@ def load_shape(
     `dtype` "auto" is bfloat16. Raises UsageError SHAPE for an unknown name, RunError MEMORY for one that does not fit.
     """
     model = pruned(random_model(shape_spec(name), "bfloat16" if dtype == "auto" else dtype), drops)
-    check_memory(model.weight_bytes, f"a model of the shape {name}")
+    check_memory(model.weight_bytes, f"a model of the shape {name}", resolve_device(device, target))
     plan = lower(fuse(build(model.spec)), model, target=target, dtype=dtype, device=device)
     return Loaded(model=model, plan=plan, tokenizer=None, generation_config={}, eos_token_ids=())
-
-
-def step_runner(plan: Plan, work: Sequence[SequenceWork]) -> Callable[[], torch.Tensor]:
-    """A function that computes one step over `work` again and again; the cache before it holds zeros."""
-    return steps_runner(plan, [work])
-
-
-def steps_runner(plan: Plan, works: Sequence[Sequence[SequenceWork]]) -> Callable[[], torch.Tensor]:
-    """A function that computes steps over `works` one after the other, again and again, and gives the last logits.
-
-    All steps are of the same sequences; the cache before the first one holds zeros.
-    """
-    ends = [max(each.start + each.length for each in sequence) for sequence in zip(*works, strict=True)]
-    pages_each = [-(-end // _PAGE_SIZE) for end in ends]
-    check_memory(sum(pages_each) * _PAGE_SIZE * plan.kv_bytes_per_token, f"a KV cache for {len(ends)} sequences")
-    cache = plan.new_cache(sum(pages_each), _PAGE_SIZE)
-    cache.clear()
-    pages, first = [], 0
-    for count in pages_each:
-        pages.append(range(first, first + count))
-        first += count
-    steps = [[_slice(plan, each, own) for each, own in zip(work, pages, strict=True)] for work in works]
-
-    def run() -> torch.Tensor:
-        for slices in steps:
-            # making the step is part of every engine step, so it is timed too
-            logits = plan.run(make_step(slices, cache, plan.device))
-        wait_for(plan.device)
-        return logits
-
-    return run
 
 
 def load_cost(plan: Plan, load: RequestLoad) -> Cost:
@@ -222,11 +190,6 @@ def _tests(load: ForwardLoad, longest: int) -> list[_Test]:
     if not tests:
         raise UsageError("BENCH", "prompt_len and n_gen are 0, so nothing is left to measure; expected one above 0")
     return tests
-
-
-def _slice(plan: Plan, work: SequenceWork, pages: range) -> SequenceSlice:
-    ids = [(work.start + i) % plan.vocab_size for i in range(work.length)]
-    return SequenceSlice(ids, work.start, pages, range(work.length - min(work.wanted, work.length), work.length))
 
 
 def _rates(samples: Samples, num_tokens: int) -> dict[str, Any]:
