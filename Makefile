@@ -1,5 +1,8 @@
 # make demo: set up and run the example.   make test, make lint, make build, make clean.
 # make sanitize, make sanitize-threads: the C++ code under the sanitizers of gcc.
+# make test-gpu-interpreted, make test-gpu-compiled: the GPU kernels without a GPU, in Triton's interpreter and as objects
+# whose registers and instructions are held to tests/kernels/locks.   make test-triton TRITON=3.9.0: with another Triton.
+# make gpu-check: proves and measures everything on an NVIDIA GPU, with PYTHON and the packages it has; ARGS="--only decode"
 # VENV: where the environment goes.  PYTHON: which Python makes it.  PIP_ARGS: more arguments for pip, for example
 # --index-url with the address of an index that has CPU-only builds of torch.
 VENV = .venv
@@ -13,6 +16,15 @@ JOBS = 2
 SANITIZED = tests/ops/test_program.py tests/ops/test_program_memory.py tests/ops/test_program_refusals.py \
 	tests/ops/test_sample_native.py tests/ops/test_sample_native_refusals.py tests/test_parity.py tests/test_expressible.py
 SANITIZED_CASES = "refusals or regions or behind or (own_sequence and window) or (several_blocks_depend and long and not generic) or many_python or forked or strange or (every_cpu_path and random) or (test_expressible and cpu and (merged or widths or head_sizes or pivoted or triangular or shaped or alibi or learned)) or (test_sample_native and not 32000 and (equals or order or ends or overflow or token_logprobs))"
+# the version that `make test-triton` tries: the oldest that pyproject.toml allows. Its interpreter needs this NumPy.
+TRITON = 3.6.0
+OLD_NUMPY = "numpy<2.4"
+OTHER_TRITON = build/triton-$(TRITON)
+# what it runs in the interpreter
+TRITON_TESTS = tests/gpu/test_norm.py tests/gpu/test_linear.py tests/gpu/test_attention.py
+# what `make gpu-check` is told, and whether it writes the table of fastest kernels: make gpu-check WRITE_CHOICES=1
+ARGS =
+WRITE_CHOICES =
 # where `make build` leaves the archives
 DIST = dist
 
@@ -27,7 +39,7 @@ configure = mkdir -p build && $(PY) -m cmake -S . -B build/sanitize-$(1) -G Ninj
 	-DCMAKE_MAKE_PROGRAM="$$($(PY) -c 'import ninja; print(ninja.BIN_DIR)')/ninja" -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" \
 	-Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
 
-.PHONY: demo test lint build clean sanitize sanitize-threads
+.PHONY: demo test lint build clean sanitize sanitize-threads test-gpu-interpreted test-gpu-compiled test-triton gpu-check
 
 demo: $(STAMP)
 	@$(PY) examples/demo.py
@@ -63,6 +75,29 @@ sanitize-threads: $(STAMP)
 	@echo "building with thread"
 	@$(call configure,thread) -DPYRUNTIME_SANITIZE=thread > build/sanitize-thread.log 2>&1 && $(PY) -m cmake --build build/sanitize-thread --target teams >> build/sanitize-thread.log 2>&1 || { cat build/sanitize-thread.log; exit 1; }
 	@build/sanitize-thread/teams
+
+test-gpu-interpreted: $(STAMP)
+	@TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu -q -ra -n $(JOBS)
+
+test-gpu-compiled: $(STAMP)
+	@$(PY) -m tests.kernels.lock --processes $(JOBS)
+	@if command -v nvcc > /dev/null; then $(PY) -m tests.kernels.lock --cuda --processes $(JOBS); else echo "no nvcc: the CUDA C++ kernels are not compiled"; fi
+
+# A folder in front of the environment. Registers differ between versions, so nothing is held to the lock files.
+test-triton: $(STAMP) $(OTHER_TRITON)/.installed
+	@echo "Triton $(TRITON)"
+	@PYTHONPATH=$(OTHER_TRITON) $(PY) -c 'import sys, triton; sys.exit(triton.__version__ != "$(TRITON)" and f"this is Triton {triton.__version__}, not $(TRITON)")'
+	@PYTHONPATH=$(OTHER_TRITON) $(PY) -m tests.kernels.lock --processes $(JOBS) --arch 90 --model llama-3-8b
+	@PYTHONPATH=$(OTHER_TRITON) TRITON_INTERPRET=1 $(PY) -m pytest $(TRITON_TESTS) -q -ra -n $(JOBS) -p no:cacheprovider --disable-warnings
+
+$(OTHER_TRITON)/.installed: $(STAMP)
+	@rm -rf $(OTHER_TRITON)
+	@$(PIP) install $(PIP_ARGS) --no-deps --target $(OTHER_TRITON) triton==$(TRITON) $(OLD_NUMPY)
+	@touch $@
+
+# No environment of its own: the machine's PyTorch and Triton are what it measures. Nothing is installed or fetched.
+gpu-check:
+	@$(PYTHON) -m benchmarks.gpu.check $(if $(WRITE_CHOICES),--write-choices) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

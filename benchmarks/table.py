@@ -1,4 +1,4 @@
-"""The README's table of speeds and the ledger of all figures, both from the result files in benchmarks/results/.
+"""The README's tables of speeds and the ledger of all figures, all from the result files in benchmarks/results/.
 
 python benchmarks/table.py            write README.md between its markers, and benchmarks/results/ledger.csv
 python benchmarks/table.py --check    exit with 1 if one of them is not what this would write
@@ -27,6 +27,9 @@ from pyruntime.errors import UsageError
 ROOT: Final = Path(__file__).resolve().parents[1]
 BEGIN: Final = "<!-- results:begin -->"
 END: Final = "<!-- results:end -->"
+GPU_BEGIN: Final = "<!-- gpu:begin -->"
+GPU_END: Final = "<!-- gpu:end -->"
+NOT_MEASURED: Final = "Not yet measured."
 # DATE-COMMIT-KIND, then what was measured, or a number
 NAME: Final = re.compile(r"\d{4}-\d\d-\d\d-(?:[0-9a-f]+|unknown)-(?P<kind>[a-z_]+)(?:-.+)?")
 COLUMNS: Final = (
@@ -69,6 +72,8 @@ class Run:
     command: Sequence[str]
     machine: Mapping[str, Any]
     figures: Sequence[Figure]
+    tables: Sequence[Mapping[str, Any]] = ()
+    state: Sequence[str] = ()
 
     def command_line(self) -> str:
         """What was typed, from the root of the checkout; folders outside it are called by their last name."""
@@ -201,6 +206,76 @@ def read_runs(folder: Path) -> list[Run]:
     return sorted(map(read_run, folder.glob("*.json")), key=lambda run: (run.time, run.path.name))
 
 
+def read_gpu_runs(folder: Path) -> list[Run]:
+    """All runs of gpu-check that were right, in the folders of `folder`, oldest first. Raises UsageError RESULTS.
+
+    A run of the program on small shapes is no measurement, nor is one that was stopped before anything was timed.
+    """
+    found = [run for path in folder.glob("*/*.json") if (run := _read_gpu_run(path)) is not None]
+    return sorted(found, key=lambda run: (run.time, run.path.name))
+
+
+def _read_gpu_run(path: Path) -> Run | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["kind"] != "gpu":
+            raise ValueError(f"its kind is {data['kind']!r}")
+        if data["correct"] is not True or data["tiny"] or "tables" not in data:
+            return None
+        about = {name: data[name] for name in ("time", "commit", "command", "machine", "tables", "state")}
+        figures = [_of_gpu(row, data) for name in ("decode", "long") for row in _rows(data, name)]
+        run = Run(path=path, kind="gpu", figures=figures, **about)
+        run.machine_line()
+        gpu_table([run])
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UsageError(
+            "RESULTS",
+            f"{path.parent.name}/{path.name} is no result file of gpu-check ({type(error).__name__}: {error}); "
+            "measure again or delete it",
+        ) from None
+    return run
+
+
+def _rows(data: Mapping[str, Any], section: str) -> Sequence[Mapping[str, Any]]:
+    found: Sequence[Mapping[str, Any]] = data["sections"].get(section, {}).get("rows", ())
+    return found
+
+
+def _of_gpu(row: Mapping[str, Any], data: Mapping[str, Any]) -> Figure:
+    """A decode step, beside the dense model's of the same section where it is another's."""
+    cell = ("model", "batch", "context")
+    same = [each for name in ("decode", "long") for each in _rows(data, name) if all(each[k] == row[k] for k in cell)]
+    dense = [each for each in same if each["variant"] == "dense" and row["variant"] != "dense"]
+    seconds, others = ([s for own in each["seconds"] for s in own] for each in (row, dense[0] if dense else row))
+    return Figure(
+        model=row["model"],
+        dtype="bfloat16",
+        target="cuda",
+        case=f"decode, batch {row['batch']}, context {row['context']}, {row['variant']}",
+        seconds=seconds,
+        against="dense" if dense else "",
+        against_seconds=others if dense else (),
+        predicted=dense[0]["floor_seconds"] / row["floor_seconds"] if dense else None,
+        fraction=row["floor_seconds"] / statistics.median(seconds),
+        ceiling="copy",
+    )
+
+
+def gpu_table(runs: Sequence[Run]) -> str:
+    """What stands between the GPU's markers: the newest run of each machine, or that there is none."""
+    newest = {run.machine_line(): run for run in runs}
+    parts = []
+    for machine, run in sorted(newest.items()):
+        versions = ", ".join(f"{name} {run.machine[name]}" for name in ("torch", "triton"))
+        parts.append(f"**{machine}** ({versions}; commit {run.commit or 'unknown'}; {run.time[:10]}; `make gpu-check`)")
+        for made in run.tables:
+            if not made["detail"]:
+                lines = [made["columns"], ["---"] * len(made["columns"]), *made["rows"]]
+                parts.append("\n".join([made["title"], "", *(f"| {' | '.join(line)} |" for line in lines)]))
+        parts += [f"Not all of it was done: {'; '.join(run.state)}."] if run.state else []
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
 def table(runs: Sequence[Run]) -> str:
     """What stands between the markers: for each kind, the newest run of each command."""
     newest = {run.command_line(): run for run in runs}
@@ -264,13 +339,15 @@ def ledger(runs: Sequence[Run]) -> str:
     return out.getvalue()
 
 
-def with_table(readme: str, text: str) -> str:
+def with_table(readme: str, text: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """`readme` with `text` between its markers. Raises UsageError README where they are not there once, in order."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise UsageError("README", f"README.md does not have {BEGIN} and then {END}, once each; add the two lines")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+    before, begin, rest = readme.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
+    if not begin or not end or markers[0] in rest or markers[1] in after:
+        raise UsageError(
+            "README", f"README.md does not have {' and then '.join(markers)}, once each; add the two lines"
+        )
+    return f"{before}{markers[0]}\n\n{text}\n\n{markers[1]}{after}"
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -281,10 +358,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     results = root / "benchmarks" / "results"
     readme = root / "README.md"
     try:
-        runs = read_runs(results)
+        runs, on_gpu = read_runs(results), read_gpu_runs(results)
+        text = with_table(readme.read_text(encoding="utf-8"), table(runs))
+        every = sorted([*runs, *on_gpu], key=lambda run: (run.time, run.path.name))
         wanted = {
-            readme: with_table(readme.read_text(encoding="utf-8"), table(runs)),
-            results / "ledger.csv": ledger(runs),
+            readme: with_table(text, gpu_table(on_gpu), (GPU_BEGIN, GPU_END)),
+            results / "ledger.csv": ledger(every),
         }
         stale = [path for path, text in wanted.items() if _text(path) != text]
         for path in stale:

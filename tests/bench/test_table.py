@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = "# Title\n\ntext before\n\n<!-- results:begin -->\nold\n<!-- results:end -->\n\ntext behind\n"
+GPU_MARKERS = "<!-- gpu:begin -->\nold too\n<!-- gpu:end -->\n"
+RESULT_MARKERS = "<!-- results:begin -->\nold\n<!-- results:end -->\n"
+README = f"# Title\n\ntext before\n\n{RESULT_MARKERS}\ntext between\n\n{GPU_MARKERS}\ntext behind\n"
+NOT_MEASURED = "<!-- gpu:begin -->\n\nNot yet measured.\n\n<!-- gpu:end -->\n"
 MACHINE = {"cpu_info": "A Processor", "num_cores": 4, "memory_bytes": 16 << 30, "gpu_info": ["A Card"]}
 DECODE = {"case": "decode, batch 1, context 8", "dtype": "float32"}
 PREFILL = {"case": "prefill, 64 tokens", "dtype": "float32"}
@@ -126,7 +129,7 @@ def test_each_kind_has_its_table(table: ModuleType, root: Path, kind: str, lines
     result(root, f"2026-01-02-abc1234-{kind}-model-float32-2", ROWS[kind])
     text = written(table, root)
     assert text.startswith("# Title\n\ntext before\n\n<!-- results:begin -->\n")
-    assert text.endswith("\n<!-- results:end -->\n\ntext behind\n")
+    assert text.endswith(f"\n<!-- results:end -->\n\ntext between\n\n{NOT_MEASURED}\ntext behind\n")
     assert "old" not in text
     assert "\n".join(lines) in text
     # the machine, the commit and the command, without the folders of whoever ran it
@@ -208,7 +211,12 @@ def test_a_bad_result_file_is_named(
 
 @pytest.mark.parametrize(
     "readme",
-    ["no markers", "<!-- results:begin -->", "<!-- results:end --> <!-- results:begin -->", README + README],
+    [
+        GPU_MARKERS,
+        f"<!-- results:begin -->{GPU_MARKERS}",
+        f"<!-- results:end --> <!-- results:begin -->{GPU_MARKERS}",
+        README + README,
+    ],
 )
 def test_markers_that_are_not_there_once_are_said(
     table: ModuleType, root: Path, capsys: pytest.CaptureFixture[str], readme: str
@@ -217,3 +225,95 @@ def test_markers_that_are_not_there_once_are_said(
     assert table.main([], root) == 2
     assert capsys.readouterr().err.startswith("error[README]: README.md does not have <!-- results:begin --> and")
     assert (root / "README.md").read_text() == readme
+
+
+def test_markers_of_the_gpu_table_that_are_missing_are_said(
+    table: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "README.md").write_text(README.replace(GPU_MARKERS, ""))
+    assert table.main([], root) == 2
+    assert capsys.readouterr().err.startswith("error[README]: README.md does not have <!-- gpu:begin --> and")
+
+
+def decode(variant: str, seconds: list[list[float]], floor: float) -> dict[str, Any]:
+    cell = {"model": "shape-c", "variant": variant, "batch": 8, "context": 512}
+    return {**cell, "seconds": seconds, "floor_seconds": floor}
+
+
+def gpu_result(root: Path, name: str, **other: Any) -> Path:
+    """A result file of gpu-check."""
+    folder = root / "benchmarks" / "results" / "a-card"
+    folder.mkdir(exist_ok=True)
+    shown = {"title": "Bars", "columns": ["bar", "measured", ""], "rows": [["fast", "4.00 ms", "met"]], "detail": False}
+    hidden = {"title": "Kernels", "columns": ["us"], "rows": [["7.5"]], "detail": True}
+    cells = [decode("dense", [[0.004, 0.005], [0.006]], 0.004), decode("half", [[0.002, 0.002], [0.003]], 0.0016)]
+    data = {
+        "kind": "gpu",
+        "correct": True,
+        "tiny": False,
+        "time": "2026-01-02T03:04:05+00:00",
+        "commit": "abc1234",
+        "command": ["benchmarks/gpu/check.py"],
+        "machine": {**MACHINE, "torch": "2.11", "triton": "3.6"},
+        "sections": {"decode": {"status": "cut", "cut": ["shape-d dense"], "rows": cells}},
+        "tables": [shown, hidden],
+        "state": ["decode cut: no time for shape-d dense"],
+        **other,
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_gpu_table_is_what_the_newest_run_told(table: ModuleType, root: Path) -> None:
+    gpu_result(root, "2026-01-01-aaa", time="2026-01-01T00:00:00+00:00", commit="aaa", tables=[])
+    gpu_result(root, "2026-01-02-abc1234")
+    text = written(table, root)
+    begin, end = text.index("<!-- gpu:begin -->"), text.index("<!-- gpu:end -->")
+    assert text[begin:end] == (
+        "<!-- gpu:begin -->\n\n"
+        "**A Processor, 4 cores, 16 GiB, A Card** (torch 2.11, triton 3.6; commit abc1234; 2026-01-02; "
+        "`make gpu-check`)"
+        "\n\nBars\n\n| bar | measured |  |\n| --- | --- | --- |\n| fast | 4.00 ms | met |\n\n"
+        "Not all of it was done: decode cut: no time for shape-d dense.\n\n"
+    )
+
+
+def test_decode_steps_of_a_gpu_are_in_the_ledger(table: ModuleType, root: Path) -> None:
+    gpu_result(root, "2026-01-02-abc1234")
+    written(table, root)
+    with (root / "benchmarks" / "results" / "ledger.csv").open() as file:
+        dense, half = csv.DictReader(file)
+    assert (dense["kind"], dense["model"], dense["case"]) == ("gpu", "shape-c", "decode, batch 8, context 512, dense")
+    assert (dense["p50_seconds"], dense["fraction"], dense["ceiling"], dense["ratio"]) == ("0.005", "0.8", "copy", "")
+    # neighbours are 2, 2.5 and 2 times as fast; the bytes allow 2.5
+    assert (half["against"], half["against_p50_seconds"], half["ratio"]) == ("dense", "0.005", "2")
+    assert (half["predicted"], half["fraction"]) == ("2.5", "0.8")
+
+
+@pytest.mark.parametrize("other", [{"correct": False}, {"correct": None}, {"tiny": True}, {"without": "tables"}])
+def test_runs_that_prove_nothing_are_not_shown(table: ModuleType, root: Path, other: dict[str, Any]) -> None:
+    path = gpu_result(root, "2026-01-02-abc1234", **other)
+    if "without" in other:
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps({name: each for name, each in data.items() if name != other["without"]}))
+    assert NOT_MEASURED in written(table, root)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"kind": "guess"}, "ValueError: its kind is 'guess'"),
+        ({"tables": [{"title": "x"}]}, "KeyError: 'detail'"),
+        ({"sections": {"decode": {"rows": [{"model": "x"}]}}}, "KeyError: "),
+        ({"machine": {}}, "KeyError: 'memory_bytes'"),
+    ],
+)
+def test_a_bad_result_file_of_a_gpu_is_named(
+    table: ModuleType, root: Path, capsys: pytest.CaptureFixture[str], other: dict[str, Any], said: str
+) -> None:
+    gpu_result(root, "2026-01-02-abc1234", **other)
+    assert table.main([], root) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error[RESULTS]: a-card/2026-01-02-abc1234.json is no result file of gpu-check ({said}")
+    assert err.count("\n") == 1

@@ -67,8 +67,13 @@ def product_on_gpu(product: Product, node: GpuNode) -> ProductLaunch:
 
     def launch(frame: Frame, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
         assert x.is_meta or x.data_ptr() != out.data_ptr(), f"{node.name}: a product's output lies on its input"
-        launches = {Backend.VENDOR: _launch_wide, Backend.CUDA: _launch_compiled, Backend.TRITON: _launch_skinny}
-        launches[node.choices.at(x.shape[0]).backend](frame, product, node, x, out, residual)
+        match node.choices.at(x.shape[0]).backend:
+            case Backend.VENDOR:
+                _launch_wide(frame, product, node, x, out, residual)
+            case Backend.CUDA:
+                _launch_compiled(frame, product, node, x, out, residual)
+            case Backend.TRITON:
+                _launch_skinny(frame, product, node, x, out, residual)
 
     return launch
 
