@@ -19,6 +19,8 @@ EPS = 1e-5
 GUARD = 32
 SENTINEL = -77.0
 SIZES = (1, 63, 100, 1000)
+# the widest rows take two turns
+MAX_BLOCK = 512
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,38 +46,26 @@ def nmse(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).pow(2).sum() / expected.pow(2).sum())
 
 
-def is_rounded(found: Tensor, exact: Tensor) -> bool:
-    """Whether every element is a neighbour of the exact value. The interpreter rounds bfloat16 towards zero."""
-    return bool(((found.double() - exact).abs() <= torch.finfo(found.dtype).eps * exact.abs()).all())
-
-
 def run_case(rows: int, hidden: int, dtype: torch.dtype, has_residual: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(hidden * 31 + rows)
     stride = hidden + 5
     # NaN beyond each row: reading it would show in the result
     x = torch.full((rows, stride), math.nan, dtype=dtype)
-    residual = torch.full((rows, stride), math.nan, dtype=dtype)
+    residual = torch.full((rows, stride), math.nan)
     x[:, :hidden] = torch.randn(rows, hidden, generator=generator)
     residual[:, :hidden] = torch.randn(rows, hidden, generator=generator)
-    weight = (1.0 + 0.2 * torch.randn(hidden, generator=generator)).to(dtype)
+    gain = 1.0 + 0.2 * torch.randn(hidden, generator=generator)
     out_buffer, out = guarded(rows, stride, hidden, dtype)
-    sum_buffer, sum_out = guarded(rows, stride, hidden, dtype)
-    block = triton.next_power_of_2(hidden)
-    strides = (stride, stride, stride, stride)
-    norm_kernel[(rows,)](x, residual, weight, sum_out, out, hidden, *strides, EPS, has_residual, block)
-    if has_residual:
-        state = sum_out
-        sum_ok = is_rounded(sum_out, x[:, :hidden].double() + residual[:, :hidden].double())
-    else:
-        state = x[:, :hidden]
-        sum_ok = bool(sum_out.isnan().all())
+    block = min(triton.next_power_of_2(hidden), MAX_BLOCK)
+    # no LayerNorm, a gain, no bias, no early start
+    flags = (False, True, False, has_residual, block, False)
+    norm_kernel[(rows,)](x, gain, x, residual, out, hidden, stride, stride, stride, EPS, *flags)
+    expected = formula(x[:, :hidden], gain) + (residual[:, :hidden].double() if has_residual else 0.0)
     return {
         "case": f"{rows}x{hidden} {dtype} residual={has_residual}",
         "dtype": str(dtype),
-        "nmse": nmse(out, formula(state, weight)),
-        "sum_ok": sum_ok,
-        "intact": surroundings_intact(out_buffer, rows, stride, hidden)
-        and surroundings_intact(sum_buffer, rows, stride, hidden),
+        "nmse": nmse(out, expected),
+        "intact": surroundings_intact(out_buffer, rows, stride, hidden),
     }
 
 
