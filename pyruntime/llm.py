@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from pyruntime.passes.drop import Layers
 from pyruntime.plan import Plan
 from pyruntime.spec import DropPlan
 
+_LOGGER: Final = logging.getLogger("pyruntime")
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -89,7 +92,7 @@ class LLM:
                 progress=lambda done, total: _advance(bar, done, total),
             )
         with tqdm(desc="Capturing decode graphs", disable=None, delay=1.0, leave=False) as bar:
-            self._engine = make_engine(self._loaded, sizes, lambda done, total: _advance(bar, done, total))
+            self._engine = make_engine(self._loaded, sizes, lambda done, total: _advance(bar, done, total), _say)
         self._ids = itertools.count()
         self._latest: dict[str, RequestOutput] = {}
 
@@ -278,6 +281,14 @@ def _interrupt_waits() -> Iterator[None]:
         yield
     if interrupts.count:
         raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    """To whoever sits before a terminal, else to the log."""
+    if sys.stderr.isatty():
+        tqdm.write(line, file=sys.stderr)
+    else:
+        _LOGGER.info("%s", line)
 
 
 def _advance(bar: Any, done: int, total: int) -> None:

@@ -53,6 +53,13 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "alloc", poisoned)
 
 
+@pytest.fixture(autouse=True)
+def cpu_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU changes nothing for tests that are not about it: "auto" is the CPU there."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr("pyruntime.plan.lower.has_gpu", lambda *_: False)
+
+
 @pytest.fixture(scope="session")
 def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
     """A function from LlamaConfig overrides to (folder, transformers model); equal overrides share a folder."""

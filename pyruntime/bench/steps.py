@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -59,10 +60,19 @@ def _runner(plan: Plan, works: Works, pages_each: Sequence[int], cache: KvCache)
     steps = [[_slice(plan, each, own) for each, own in zip(work, pages, strict=True)] for work in works]
 
     def run() -> torch.Tensor:
+        sampling, tokens = [GREEDY] * len(pages), None
         for slices in steps:
             # making the step is part of every engine step, so it is timed too
             if plan.gpu is not None and one_row_each(slices):
-                plan.gpu.decode(slices, [GREEDY] * len(slices), cache)
+                # what was sampled is fed back, as in an engine
+                fed = (
+                    slices
+                    if tokens is None
+                    else [replace(s, token_ids=[t]) for s, t in zip(slices, tokens, strict=True)]
+                )
+                tokens = plan.gpu.decode(fed, sampling, cache).tolist()
+                plan.gpu.fed_back(tokens)
+                sampling = [each.next() for each in sampling]
                 logits = plan.gpu.decoded_logits(len(slices))
             else:
                 logits = plan.run(make_step(slices, cache, plan.device))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
 from pyruntime.errors import RunError
-from pyruntime.ops.gpu.batch import BatchSizes
+from pyruntime.ops.cache import KvCache
+from pyruntime.ops.gpu.batch import GREEDY, BatchSizes
 from pyruntime.ops.step import SequenceSlice, make_step
 from pyruntime.plan import Plan
 
-# kernels that are loaded later, and what graphs hold themselves
-_MARGIN_BYTES: Final = 512 << 20
+# kernels that are loaded later, what graphs hold themselves, and logits of prompts that are scored
+_MARGIN_BYTES: Final = 1 << 30
 # beyond this, graphs for every eighth size are enough
 _SMALL_BATCHES: Final = (1, 2, 4)
 _STRIDE: Final = 8
@@ -31,6 +32,10 @@ class MemoryBudget:
     kv_cache: int
     reserved: int
 
+    def with_cache(self, num_bytes: int) -> MemoryBudget:
+        """The same with a cache of `num_bytes`; a small model does not need all that is left."""
+        return replace(self, kv_cache=num_bytes)
+
     def __str__(self) -> str:
         """One line in GiB."""
         parts = {"weights": self.weights, "KV cache": self.kv_cache, "buffers": self.buffers, "reserve": self.reserved}
@@ -45,18 +50,19 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def memory_budget(plan: Plan, sizes: BatchSizes, page_size: int, utilization: float) -> MemoryBudget:
-    """What each part takes of a plan whose largest step is `sizes`, found by running one; the cache gets what is left.
+    """What each part takes of a plan whose largest step is `sizes`, found by running it; the cache gets what is left.
 
-    Raises RunError MEMORY where the step alone does not fit the share of the memory that may be used.
+    Raises RunError MEMORY where the steps alone do not fit the share of the memory that may be used.
     """
-    device = plan.device
+    gpu, device = plan.gpu, plan.device
+    assert gpu is not None
     total = torch.cuda.mem_get_info(device)[1]
     allowed = int(total * utilization)
-    _largest_prefill(plan, sizes, page_size)
+    cache = _largest_steps(plan, sizes, page_size)
+    torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    used = total - torch.cuda.mem_get_info(device)[0]
-    assert plan.gpu is not None
-    left = allowed - used - plan.gpu.buffer_bytes(sizes) - _MARGIN_BYTES
+    used = total - torch.cuda.mem_get_info(device)[0] - cache.num_bytes + gpu.table_bytes
+    left = allowed - used - _MARGIN_BYTES
     if left <= 0:
         raise RunError(
             "MEMORY",
@@ -65,17 +71,23 @@ def memory_budget(plan: Plan, sizes: BatchSizes, page_size: int, utilization: fl
             "max_num_seqs, raise gpu_memory_utilization, or drop more",
         )
     weights = plan.weight_bytes
-    return MemoryBudget(total, allowed, weights, used - weights + plan.gpu.buffer_bytes(sizes), left, _MARGIN_BYTES)
+    return MemoryBudget(total, allowed, weights, used - weights, left, _MARGIN_BYTES)
 
 
-def _largest_prefill(plan: Plan, sizes: BatchSizes, page_size: int) -> None:
-    """One step of as many tokens as fit, so that kernels are loaded and scratch memory has its size."""
-    pages = range(min(sizes.max_pages, -(-sizes.max_rows // page_size)))
-    length = min(sizes.max_rows, len(pages) * page_size)
-    cache = plan.new_cache(len(pages), page_size)
+def _largest_steps(plan: Plan, sizes: BatchSizes, page_size: int) -> KvCache:
+    """Run a prefill and a decode step of all rows, so that kernels are loaded and memory has its size; their cache."""
     assert plan.gpu is not None
-    plan.run(make_step([SequenceSlice([0] * length, 0, pages, [length - 1])], cache, plan.device))
-    plan.gpu.release()
+    length = min(sizes.max_rows, sizes.max_pages * page_size)
+    lengths = [length] * (sizes.max_rows // length)
+    num_pages = -(-length // page_size)
+    # sequences may share pages: what they hold is not asked for
+    cache = plan.new_cache(num_pages, page_size)
+    plan.gpu.prepare(cache, sizes)
+    slices = [SequenceSlice([0] * each, 0, range(num_pages), [each - 1]) for each in lengths[: sizes.max_sequences]]
+    plan.run(make_step(slices, cache, plan.device))
+    decoding = [SequenceSlice([0], 0, [0], [0])] * sizes.max_sequences
+    plan.gpu.decode(decoding, [GREEDY] * sizes.max_sequences, cache)
+    return cache
 
 
 def warm_up(plan: Plan, max_num_seqs: int, progress: Callable[[int, int], None] | None = None) -> None:

@@ -27,13 +27,14 @@ def decode(
 ) -> list[SampleResult]:
     """The next token of every sequence. PyTorch samples where a row asks for what the device's sampler does not do."""
     steps = [len(each) for each in output_token_ids]
-    if not all(gpu.sampler.serves(config) for config in configs):
+    sampler = gpu.sampler
+    if sampler is None or not all(sampler.serves(config) for config in configs):
         gpu.decode(slices, [GREEDY] * len(slices), cache)
         logits = gpu.decoded_logits(len(slices))
         return sample.reference(logits, configs, prompt_token_ids, output_token_ids, steps)
     sampling = [RowSampling.of(config, step) for config, step in zip(configs, steps, strict=True)]
     tokens = gpu.decode(slices, sampling, cache).tolist()
-    results = [gpu.sampler.result(token) for token in tokens]
+    results = [sampler.result(token) for token in tokens]
     # an erroneous row fed nothing back
     if all(result.error is None for result in results):
         gpu.fed_back(tokens)

@@ -43,10 +43,9 @@ class EngineConfig:
 
 
 def largest_step(config: EngineConfig) -> BatchSizes:
-    """The largest step that the scheduler makes, but for the logits of prompts, which may take more."""
-    limits = config.scheduler
-    num_pages = -(-config.max_model_len // config.page_size)
-    return BatchSizes(limits.max_num_batched_tokens, limits.max_num_seqs, limits.max_num_seqs, num_pages)
+    """The largest step that the scheduler makes; where a prompt is scored, every row of it is wanted."""
+    limits, rows = config.scheduler, config.scheduler.max_num_batched_tokens
+    return BatchSizes(rows, rows, limits.max_num_seqs, -(-config.max_model_len // config.page_size))
 
 
 @dataclass(slots=True)

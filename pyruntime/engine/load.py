@@ -13,7 +13,7 @@ from pyruntime.checkpoint import Model, read_model, resolve_model
 from pyruntime.checkpoint.files import is_there
 from pyruntime.checkpoint.folder import ReadOptions
 from pyruntime.checkpoint.strict_json import read_object
-from pyruntime.engine.capture import memory_budget, warm_up
+from pyruntime.engine.capture import MemoryBudget, memory_budget, warm_up
 from pyruntime.engine.engine import Engine, EngineConfig
 from pyruntime.engine.memory import available_memory, check_memory
 from pyruntime.engine.params import INT64_MAX, eos_token_ids, unused_settings
@@ -222,11 +222,15 @@ def _eos(
 
 
 def make_engine(
-    loaded: Loaded, sizes: EngineSizes = EngineSizes(), progress: Callable[[int, int], None] | None = None
+    loaded: Loaded,
+    sizes: EngineSizes = EngineSizes(),
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = _LOGGER.info,
 ) -> Engine:
     """An engine over the loaded plan, with a cache as large as asked for or as the machine allows.
 
-    On a GPU its decode steps are captured; `progress` is called with (batch sizes captured, batch sizes in all).
+    On a GPU its decode steps are captured; `progress` is called with (batch sizes captured, batch sizes in all), `say`
+    with a line on what takes how much of its memory.
     Raises UsageError for a context that the model was not made for, RunError MEMORY for a cache that does not fit.
     """
     spec = loaded.model.spec
@@ -241,7 +245,7 @@ def make_engine(
     scheduler = SchedulerConfig(sizes.max_num_seqs, sizes.max_num_batched_tokens)
     config = EngineConfig(
         max_model_len=length,
-        num_pages=_num_pages(loaded.plan, length, sizes),
+        num_pages=_num_pages(loaded.plan, length, sizes, say),
         page_size=PAGE_SIZE,
         seed=sizes.seed,
         scheduler=scheduler,
@@ -251,7 +255,7 @@ def make_engine(
     return engine
 
 
-def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
+def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes, say: Callable[[str], None]) -> int:
     per_sequence = -(-max_model_len // PAGE_SIZE)
     useful = per_sequence * sizes.max_num_seqs
     page_bytes = plan.kv_bytes_per_token * PAGE_SIZE
@@ -266,7 +270,8 @@ def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
         pages = min(pages, useful)
         check_memory(pages * page_bytes, f"a KV cache of {pages} pages", str(plan.device))
         return pages
-    available = _memory_for_cache(plan, per_sequence, sizes)
+    budget = _budget(plan, per_sequence, sizes)
+    available = _memory_for_cache() if budget is None else budget.kv_cache
     pages = useful if available is None else min(useful, available // page_bytes)
     if pages < per_sequence:
         raise RunError(
@@ -274,18 +279,24 @@ def _num_pages(plan: Plan, max_model_len: int, sizes: EngineSizes) -> int:
             f"one sequence of {max_model_len} tokens needs {per_sequence * page_bytes / 2**30:.2f} GiB of KV cache; "
             f"{pages * page_bytes / 2**30:.2f} GiB are free for it: lower max_model_len",
         )
+    if budget is not None:
+        say(str(budget.with_cache(pages * page_bytes)))
     return pages
 
 
-def _memory_for_cache(plan: Plan, per_sequence: int, sizes: EngineSizes) -> int | None:
-    """Bytes that the KV cache may take, or None where that cannot be known."""
+def _budget(plan: Plan, per_sequence: int, sizes: EngineSizes) -> MemoryBudget | None:
+    """What takes the memory of the GPU that runs the plan, or None where there is none."""
     if plan.gpu is None or plan.device.type != "cuda":
-        available = available_memory()
-        return None if available is None else int(available * _CACHE_SHARE)
-    largest = BatchSizes(sizes.max_num_batched_tokens, sizes.max_num_seqs, sizes.max_num_seqs, per_sequence)
-    budget = memory_budget(plan, largest, PAGE_SIZE, sizes.gpu_memory_utilization)
-    _LOGGER.info("%s", budget)
-    return budget.kv_cache
+        return None
+    rows = sizes.max_num_batched_tokens
+    largest = BatchSizes(rows, rows, sizes.max_num_seqs, per_sequence)
+    return memory_budget(plan, largest, PAGE_SIZE, sizes.gpu_memory_utilization)
+
+
+def _memory_for_cache() -> int | None:
+    """Bytes of the machine's memory that the KV cache may take, or None where that cannot be known."""
+    available = available_memory()
+    return None if available is None else int(available * _CACHE_SHARE)
 
 
 def _generation_config(folder: Path, name: object, *, with_text: bool) -> Mapping[str, Any]:

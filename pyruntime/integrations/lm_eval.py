@@ -56,7 +56,7 @@ class PyruntimeLM(LM):
         if not isinstance(pretrained, Loaded):
             drops = DropOptions(drop_attn=drop_attn, drop_mlp=drop_mlp, drop_block=drop_block, drop_plan=drop_plan)
             pretrained = load(
-                pretrained, drops=drops, dtype=dtype, target=target, device=device or "cpu", revision=revision
+                pretrained, drops=drops, dtype=dtype, target=target, device=device or "auto", revision=revision
             )
         if pretrained.tokenizer is None:
             raise UsageError("LM_EVAL", "the model was loaded without its tokenizer; load it with")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,7 @@ from pyruntime.ops.gpu.batch import BatchSizes, RowSampling, StaticBatch, sizes_
 from pyruntime.ops.gpu.frame import Frame, GpuInfo, GpuView, Launcher, launch_kernel
 from pyruntime.ops.gpu.rotary import RotaryCache
 from pyruntime.ops.gpu.workspace import Workspace
+from pyruntime.ops.qkv_rope import QkvRopeAttrs
 from pyruntime.ops.sample import SampleConfig, SampleResult
 from pyruntime.ops.step import Rows, SequenceSlice, Step, make_step
 from pyruntime.plan.step import PlanStep, Watch
@@ -58,9 +60,12 @@ class GpuSteps:
 
 @dataclass(slots=True)
 class _Memory:
-    """Everything whose address a captured graph holds, for one cache and steps of up to `sizes`."""
+    """Everything whose address a captured graph holds, for one cache and steps of up to `sizes`.
 
-    cache: KvCache
+    The cache is its owner's: whoever drops it gets its memory back, and this goes with it.
+    """
+
+    cache: weakref.ref[KvCache]
     sizes: BatchSizes
     prefill: StaticBatch
     decode: StaticBatch
@@ -74,7 +79,7 @@ class _Memory:
 class GpuRunner:
     """Runs the steps of one plan on the current stream. Not thread-safe: steps share their memory.
 
-    Memory is made for the largest step that `prepare` was told of, and anew for a larger one or another cache.
+    Each cache has memory of its own, for the largest step that `prepare` was told of; a larger one gets it anew.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class GpuRunner:
         device: torch.device,
         vocab_size: int,
         max_position: int,
-        sampler: Sampler,
+        sampler: Sampler | None,
         launcher: Launcher = launch_kernel,
     ) -> None:
         self.steps = steps
@@ -94,9 +99,13 @@ class GpuRunner:
         self._vocab_size = vocab_size
         self._max_position = max_position
         self.sampler = sampler
-        self._launcher = launcher
+        self.launcher = launcher
         self._workspace = Workspace(device)
+        self._memories: weakref.WeakKeyDictionary[KvCache, _Memory] = weakref.WeakKeyDictionary()
+        # of the cache that was prepared, run or decoded last
         self._memory: _Memory | None = None
+        # torch's own capture stream belongs to the device of the first capture of the process
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def why_not_captured(self) -> str | None:
@@ -111,21 +120,6 @@ class GpuRunner:
         """Batch sizes with a captured graph, ascending."""
         return () if self._memory is None else tuple(sorted(self._memory.graphs))
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of buffers, workspace and tables, without weights, cache and what graphs hold themselves."""
-        held = self._memory
-        if held is None:
-            return self._workspace.num_bytes
-        buffers = sum(each.numel() * each.element_size() for each in (*held.places, held.logits, held.tokens))
-        return (
-            buffers
-            + held.prefill.num_bytes
-            + held.decode.num_bytes
-            + held.rotaries.num_bytes
-            + self._workspace.num_bytes
-        )
-
     def explain(self) -> str:
         """Lines on how decode steps run."""
         steps = [each for each in self.steps.decode if each.launch is not None]
@@ -134,40 +128,45 @@ class GpuRunner:
             how = f"launched one by one: {why_not}"
         return f"decode: {len(steps)} of {len(self.steps.decode)} nodes on {self.info.name}, {how}"
 
-    def buffer_bytes(self, sizes: BatchSizes) -> int:
-        """Bytes of buffers and logits that `prepare` takes for steps of up to `sizes`."""
-        rows = sum(max(sizes.max_rows * a, sizes.max_wanted * b) for a, b in self.steps.row_bytes)
-        return rows + 4 * sizes.max_sequences * self._vocab_size
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables of angles for the longest context that the model was made for."""
+        attentions = [
+            each.node.attrs.attention for each in self.steps.decode if isinstance(each.node.attrs, QkvRopeAttrs)
+        ]
+        ropes = {attention.rope for attention in attentions if attention.rope is not None}
+        return sum(4 * rope.dim * self._max_position for rope in ropes)
 
     def prepare(self, cache: KvCache, sizes: BatchSizes) -> None:
-        """Make room for steps of up to `sizes` over `cache`; captured graphs of smaller memory are gone."""
-        held = self._memory
-        if held is not None and held.cache is cache and held.sizes.holds(sizes):
-            return
-        if held is not None and held.cache is cache:
-            sizes = sizes.union(held.sizes)
-        self._memory = None
-        spare_page = cache.num_pages - 1
-        count = sizes.max_sequences
-        decode_sizes = BatchSizes(count, 0, count, sizes.max_pages)
-        num_positions = min(self._max_position, cache.num_pages * cache.page_size)
-        self._memory = _Memory(
-            cache=cache,
+        """Make room for steps of up to `sizes` over `cache`; graphs captured over smaller memory are gone."""
+        held = self._memories.get(cache)
+        if held is None or not held.sizes.holds(sizes):
+            # the old one is given back before the new one is made
+            self._memory = None
+            if held is not None:
+                sizes = sizes.union(held.sizes)
+                del self._memories[cache], held
+            with self._on_device():
+                held = self._memories[cache] = self._new_memory(cache, sizes)
+        self._memory = held
+
+    def _new_memory(self, cache: KvCache, sizes: BatchSizes) -> _Memory:
+        spare_page, count = cache.num_pages - 1, sizes.max_sequences
+        # decoding has a row for each sequence, and all of them are all rows
+        rows = max(sizes.max_rows, count)
+        return _Memory(
+            cache=weakref.ref(cache),
             sizes=sizes,
             prefill=StaticBatch(self.device, sizes, spare_page),
-            decode=StaticBatch(self.device, decode_sizes, spare_page),
+            decode=StaticBatch(self.device, BatchSizes(count, 0, count, sizes.max_pages), spare_page),
             places=tuple(
-                memory.alloc((max(sizes.max_rows * of_all, sizes.max_wanted * of_wanted),), torch.uint8, self.device)
+                memory.alloc((max(rows * of_all, sizes.max_wanted * of_wanted),), torch.uint8, self.device)
                 for of_all, of_wanted in self.steps.row_bytes
             ),
             logits=memory.alloc((count, self._vocab_size), torch.float32, self.device),
             tokens=torch.zeros(count, dtype=torch.int32, device=self.device),
-            rotaries=RotaryCache(self.device, num_positions),
+            rotaries=RotaryCache(self.device, min(self._max_position, cache.num_pages * cache.page_size)),
         )
-
-    def release(self) -> None:
-        """Give back what `prepare` took, graphs and the hold on the cache included."""
-        self._memory = None
 
     def run(self, step: Step, watch: Watch | None = None) -> torch.Tensor:
         """Launch one step of any form, one kernel after the other; logits [wanted, vocab] in memory of their own."""
@@ -238,12 +237,18 @@ class GpuRunner:
                 progress(size)
 
     def replay(self, batch_size: int) -> None:
-        """One more decode step of the captured graph over what the last one left on the device; for measurements."""
-        self._held().graphs[batch_size].replay()
+        """One more decode step of the captured graph over what the last one left on the device; for measurements.
+
+        Nobody checks how far that goes: the pages last loaded must hold every position.
+        """
+        held = self._held()
+        held.decode.forget()
+        held.graphs[batch_size].replay()
 
     def _captured(self, size: int) -> torch.cuda.CUDAGraph:
         held = self._held()
-        with self._on_device():
+        # tensors that were made in this mode are changed in it only
+        with torch.inference_mode(), self._on_device():
             for _ in range(2):
                 held.decode.load_decode((), size, ())
                 self._launch_decode(size, None)
@@ -251,7 +256,8 @@ class GpuRunner:
             graph = torch.cuda.CUDAGraph()
             # one pool: graphs run one after the other
             pool = next(iter(held.graphs.values())).pool() if held.graphs else None
-            with torch.cuda.graph(graph, pool=pool):
+            # other threads may load another model meanwhile
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._launch_decode(size, None)
         return graph
 
@@ -263,7 +269,8 @@ class GpuRunner:
         for each in self.steps.decode:
             self._launch(each, views, logits, step)
         self._workspace.begin()
-        self.sampler.launch(logits, held.decode, held.tokens[:size], self._frame(view, (), ()))
+        if self.sampler is not None:
+            self.sampler.launch(logits, held.decode, held.tokens[:size], self._frame(view, (), ()))
 
     def _launch(
         self, each: PlanStep, views: Mapping[Rows, GpuView], logits: torch.Tensor, step: Step | None
@@ -294,7 +301,9 @@ class GpuRunner:
 
     def _frame(self, view: GpuView, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Frame:
         held = self._held()
-        return Frame(view, inputs, outputs, held.cache, self.info, self._workspace, held.rotaries, self._launcher)
+        cache = held.cache()
+        assert cache is not None, "the cache is gone"
+        return Frame(view, inputs, outputs, cache, self.info, self._workspace, held.rotaries, self.launcher)
 
     def _buffer(self, place: int, name: str, num_rows: int, width: int) -> torch.Tensor:
         dtype = self.steps.dtypes[name]

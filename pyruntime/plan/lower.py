@@ -15,7 +15,7 @@ from pyruntime.checkpoint.weight import TensorRef, check_finite
 from pyruntime.errors import CheckpointError, UsageError
 from pyruntime.graph import LOGITS, Graph, Node, verify
 from pyruntime.ops import _native
-from pyruntime.ops.gpu.device import GpuInfo, interpreted
+from pyruntime.ops.gpu.device import GpuInfo, has_gpu, interpreted
 from pyruntime.ops.gpu.trust import failed_kernels
 from pyruntime.ops.layout import Layout, LayoutKind, arrange
 from pyruntime.ops.native_step import NativeNode, refused_dtype
@@ -102,9 +102,13 @@ def _target(asked: str, dtype: torch.dtype, device: torch.device) -> tuple[str, 
     refused = refused_dtype(None, dtype)
     if asked == "cpu" and refused is not None:
         raise UsageError("TARGET", f"target cpu: {refused}; choose one of these dtypes, or target reference")
+    if asked == "cuda" and dtype is torch.float64:
+        raise UsageError(
+            "TARGET", "target cuda computes in bfloat16, float16 or float32; for float64, target reference"
+        )
     if asked != "auto":
         return asked, "asked for"
-    if device.type == "cuda" and dtype is not torch.float64:
+    if device.type == "cuda" and dtype is not torch.float64 and has_gpu(device):
         return "cuda", "auto"
     if device.type != "cpu":
         return "reference", f"auto: the one target that runs {dtype} on {device}"
@@ -123,15 +127,17 @@ def _target(asked: str, dtype: torch.dtype, device: torch.device) -> tuple[str, 
 
 
 def resolve_device(device: str, target: str) -> str:
-    """The device, which "auto" leaves open: the GPU where there is one and the target can use it.
+    """The device with its number, where "auto" is the GPU if there is one that target cuda can use.
 
     Raises UsageError DEVICE for one that cannot be used here.
     """
     if device == "auto":
-        on_gpu = target in ("auto", "cuda") and not interpreted() and torch.cuda.is_available()
-        return "cuda" if on_gpu else "cpu"
+        # interpreted kernels work on the CPU's memory
+        here = torch.cuda.is_available() and not interpreted() if target == "cuda" else target == "auto" and has_gpu()
+        device = "cuda" if here else "cpu"
     _check_device(device)
-    return device
+    # the current device is a thread's own
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
 def _check_device(device: str) -> None:

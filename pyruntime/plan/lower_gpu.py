@@ -95,7 +95,7 @@ def make_runner(
         device=target.device,
         vocab_size=vocab_size,
         max_position=max_position,
-        sampler=DeviceSampler(trusted=trusts_sampler),
+        sampler=DeviceSampler() if trusts_sampler else None,
     )
 
 

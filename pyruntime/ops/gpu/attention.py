@@ -82,7 +82,7 @@ def decode_blocks(attention: Attention, num_rows: int, longest: int, itemsize: i
         tile=tile,
         rows=min(_power_of_two(_group(attention)), tile),
         block=min(max(block, _MIN_TILE), _MAX_BLOCK),
-        splits=_splits(attention, programs, longest, _PER_SM * num_sms),
+        splits=_splits(attention, programs, longest, num_sms, _PER_SM),
         # float32 is multiplied without matrix instructions, in many more registers
         warps=8 if tile > _MIN_TILE or itemsize == 4 else 4,
         stages=3 if tile == most or dims > 256 else 5,
@@ -95,8 +95,8 @@ def prefill_blocks(attention: Attention, view: GpuView, longest: int, itemsize: 
     A tile is up to 128 queries, fewer where no sequence of the step has as many or where the processors would not all
     have one. Smaller tiles that are still few, as of a short chunk behind a long context, take their tokens in parts
     like decode; one of 8 warps needs the registers of a whole processor. Sizes are what registers hold without a
-    spill: float32 is multiplied without matrix instructions, before capability 90 all operands lie in registers, and
-    shaped attention has a second sum.
+    spill: float32 is multiplied without matrix instructions, shaped attention has a second sum, and without wgmma or
+    tcgen05, before capability 90 and from 120 on, all operands lie in registers.
     """
     dims = _dims(attention)
     most = 32 if itemsize == 4 else min(_TILE_VALUES // dims, 128) >> attention.shaped
@@ -106,21 +106,26 @@ def prefill_blocks(attention: Attention, view: GpuView, longest: int, itemsize: 
         tile = 64
     warps = 8 if tile * dims >= 8192 or itemsize == 4 else 4
     programs = math.prod(_prefill_tiles(attention, view, tile))
-    values = 8192 >> (2 * (itemsize == 4) + (info.capability < 90) + attention.shaped)
+    from_shared = 90 <= info.capability < 120
+    values = 8192 >> (2 * (itemsize == 4) + (not from_shared) + attention.shaped)
     return Blocks(
         tile=tile,
         rows=tile,
         block=min(max(values // dims, _MIN_TILE), 64),
-        splits=_splits(attention, programs, longest, info.num_sms * (1 if warps == 8 else _PER_SM)),
+        splits=_splits(attention, programs, longest, info.num_sms, 1 if warps == 8 else _PER_SM),
         warps=warps,
         stages=3 if itemsize == 4 or dims > 256 else 5,
     )
 
 
-def _splits(attention: Attention, programs: int, longest: int, slots: int) -> int:
-    """Parts that make `slots` programs of `programs`, if a row sees enough for them among `longest` tokens."""
+def _splits(attention: Attention, programs: int, longest: int, num_sms: int, per_sm: int) -> int:
+    """Parts that give each processor `per_sm` of `programs`, if a row sees enough for them among `longest` tokens.
+
+    Where a program fills a processor, one too many would wait for all others: there are no more than processors.
+    """
     seen = longest if attention.window is None else min(longest, attention.window)
-    return max(min(-(-slots // programs), seen // MIN_CHUNK), 1)
+    parts = num_sms // programs if per_sm == 1 else -(-per_sm * num_sms // programs)
+    return max(min(parts, seen // MIN_CHUNK), 1)
 
 
 def on_gpu(attrs: AttentionAttrs, node: GpuNode) -> Launch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -63,8 +63,7 @@ def sizes_of(slices: Sequence[SequenceSlice]) -> BatchSizes:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RowSampling:
+class RowSampling(NamedTuple):
     """How a row samples, as in SampleConfig; `step` is the output position that its random number belongs to."""
 
     temperature: float
@@ -81,6 +80,10 @@ class RowSampling:
         seed = bits - 2**64 if bits >= 2**63 else bits
         return RowSampling(config.temperature, config.top_k, config.top_p, config.min_p, seed, step)
 
+    def next(self) -> RowSampling:
+        """The same for the output position behind it."""
+        return RowSampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.step + 1)
+
 
 GREEDY: Final = RowSampling(0.0, 0, 1.0, 0.0, 0, 0)
 
@@ -95,7 +98,7 @@ class DecodeRow(NamedTuple):
 
     def next(self, token_id: int) -> DecodeRow:
         """The row behind it."""
-        return DecodeRow(token_id, self.position + 1, self.pages, replace(self.sampling, step=self.sampling.step + 1))
+        return DecodeRow(token_id, self.position + 1, self.pages, self.sampling.next())
 
 
 class StaticBatch:
@@ -127,6 +130,7 @@ class StaticBatch:
         # pages of each sequence as they stand in the table
         self._pages: list[tuple[int, ...]] = [()] * sizes.max_sequences
         self._padded = 0
+        self._counting = np.arange(sizes.max_sequences + 1, dtype=np.int32)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     @property
@@ -141,7 +145,10 @@ class StaticBatch:
     def load(self, slices: Sequence[SequenceSlice]) -> None:
         """Start the transfer of a step's rows."""
         self._rows = None
-        self._fill(slices, len(slices))
+        self._wait()
+        self._fill_rows(slices)
+        self._fill_pages([tuple(each.pages) for each in slices])
+        self._arrays["contexts"][: len(slices)] = [each.start + len(each.token_ids) for each in slices]
         self._send()
 
     def load_decode(self, slices: Sequence[SequenceSlice], padded: int, sampling: Sequence[RowSampling]) -> None:
@@ -154,10 +161,22 @@ class StaticBatch:
         # what was left of a longer step is no padding
         if rows == known and padded == self._padded:
             return
-        self._fill(slices, padded)
-        for name in _SAMPLING:
+        self._wait()
+        spare = padded - len(rows)
+        columns = {
+            f"{Rows.ALL}.token_ids": [row.token_id for row in rows],
+            f"{Rows.ALL}.positions": [row.position for row in rows],
             # a greedy row is the cheapest
-            self._arrays[name][:padded] = [*(getattr(each, name) for each in sampling), *[0] * (padded - len(rows))]
+            **{name: [getattr(row.sampling, name) for row in rows] for name in _SAMPLING},
+        }
+        for name, values in columns.items():
+            self._arrays[name][:padded] = [*values, *[0] * spare]
+        self._arrays["contexts"][:padded] = self._arrays[f"{Rows.ALL}.positions"][:padded] + 1
+        for name in ("sequences", "index"):
+            self._arrays[f"{Rows.ALL}.{name}"][:padded] = self._counting[:padded]
+        self._arrays[f"{Rows.ALL}.starts"][: padded + 1] = self._counting[: padded + 1]
+        # a padding row moves on with the others until the next transfer
+        self._fill_pages([*(row.pages for row in rows), *[(self._spare_page,) * self.sizes.max_pages] * spare])
         self._send()
         self._padded = padded
 
@@ -168,46 +187,48 @@ class StaticBatch:
         """
         self._rows = tuple(row.next(token_id) for row, token_id in zip(self._moving, token_ids, strict=True))
 
+    def forget(self) -> None:
+        """Say that what the device holds is not known: the next load sends everything."""
+        self._rows = None
+
+    def _wait(self) -> None:
+        """The host's arrays may still be on their way."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
     def _send(self) -> None:
         self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
-    def _fill(self, slices: Sequence[SequenceSlice], count: int) -> None:
-        """Write the host's arrays: `slices`, then padding up to `count` sequences."""
-        if self._copied is not None:
-            # they may still be on their way
-            self._copied.synchronize()
-        self._fill_rows(slices, count)
-        contexts = [each.start + len(each.token_ids) for each in slices]
-        self._arrays["contexts"][:count] = [*contexts, *[1] * (count - len(slices))]
+    def _fill_pages(self, pages: Sequence[tuple[int, ...]]) -> None:
+        """The table, where it differs from what it held."""
         table = self._arrays["page_table"]
-        # a padding row moves on with the others until the next transfer
-        padding = [(self._spare_page,) * self.sizes.max_pages] * (count - len(slices))
-        for i, pages in enumerate([*(tuple(each.pages) for each in slices), *padding]):
-            if pages != self._pages[i]:
-                table[i, : len(pages)] = pages
-                self._pages[i] = pages
+        for i, own in enumerate(pages):
+            known = self._pages[i]
+            if own != known:
+                # a sequence that got a page keeps the others
+                begin = len(known) if own[: len(known)] == known else 0
+                table[i, begin : len(own)] = own[begin:]
+                self._pages[i] = own
 
-    def _fill_rows(self, slices: Sequence[SequenceSlice], count: int) -> None:
-        lengths = [len(each.token_ids) for each in slices] + [1] * (count - len(slices))
-        spare = count - len(slices)
-        token_ids = np.fromiter(itertools.chain(*(each.token_ids for each in slices), [0] * spare), np.int32)
-        positions = np.concatenate([np.arange(s.start, s.start + len(s.token_ids)) for s in slices] + [np.zeros(spare)])
-        sequences = np.repeat(np.arange(count), lengths)
-        first = np.concatenate(([0], np.cumsum(lengths)))
-        wanted = [np.asarray(each.wanted, dtype=np.int64) + first[i] for i, each in enumerate(slices)]
-        picked = np.concatenate([*wanted, first[len(slices) : -1]]).astype(np.int64)
-        counts = [len(each.wanted) for each in slices] + [1] * spare
+    def _fill_rows(self, slices: Sequence[SequenceSlice]) -> None:
+        lengths = [len(each.token_ids) for each in slices]
+        token_ids = np.fromiter(itertools.chain(*(each.token_ids for each in slices)), np.int32)
+        positions = np.concatenate([np.arange(each.start, each.start + len(each.token_ids)) for each in slices])
+        sequences = np.repeat(np.arange(len(slices)), lengths)
+        first = itertools.accumulate(lengths, initial=0)
+        wanted = [np.asarray(each.wanted, dtype=np.int64) + begin for each, begin in zip(slices, first, strict=False)]
         everything = np.arange(len(token_ids))
-        for rows, index, per_sequence in ((Rows.ALL, everything, lengths), (Rows.WANTED, picked, counts)):
-            if rows is Rows.WANTED and self.sizes.max_wanted == 0:
-                # of a decode step every row is wanted, and one view is enough
-                continue
+        counts = [len(each.wanted) for each in slices]
+        for rows, index, per_sequence in (
+            (Rows.ALL, everything, lengths),
+            (Rows.WANTED, np.concatenate(wanted), counts),
+        ):
             values = {"token_ids": token_ids, "positions": positions, "sequences": sequences, "index": everything}
             for name, array in values.items():
                 self._arrays[f"{rows}.{name}"][: len(index)] = array[index]
-            self._arrays[f"{rows}.starts"][: count + 1] = np.concatenate(([0], np.cumsum(per_sequence)))
+            self._arrays[f"{rows}.starts"][: len(slices) + 1] = list(itertools.accumulate(per_sequence, initial=0))
 
     def view(self, rows: Rows, num_rows: int, num_sequences: int, longest: int, *, decode: bool) -> GpuView:
         """The view of the first rows of `rows`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Final
@@ -40,11 +41,23 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def has_gpu(device: torch.device | None = None) -> bool:
+    """Whether target cuda can run on `device`, or on the current GPU: it is new enough, and Triton is there."""
+    if interpreted() or not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= _LEAST_CAPABILITY
+
+
 def gpu_info(device: torch.device) -> GpuInfo:
     """What `device` is. Raises UsageError TARGET for one that target cuda cannot run on.
 
     The CPU stands for a GPU where Triton's interpreter runs, for tests of the kernels without one.
     """
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError(
+            "TARGET", "target cuda needs Triton, which is not installed here; install it, or choose target cpu"
+        )
     if device.type == "cpu" and interpreted():
         return GpuInfo("interpreter", 0, _INTERPRETED_SMS)
     if device.type != "cuda":
