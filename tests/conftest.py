@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from pyruntime import env
 from pyruntime.ops import attention, cache, memory
 from tests.generation import save_text_model
 
+# the package shows a function of that name
+lowering = importlib.import_module("pyruntime.plan.lower")
 # nothing here may reach for the network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # a shell starts what runs in the background deaf to Ctrl-C, which some tests send
@@ -57,7 +60,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def cpu_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU changes nothing for tests that are not about it: "auto" is the CPU there."""
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr("pyruntime.plan.lower.has_gpu", lambda *_: False)
+        monkeypatch.setattr(lowering, "has_gpu", lambda *_: False)
 
 
 @pytest.fixture(scope="session")
