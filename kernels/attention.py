@@ -219,7 +219,7 @@ def combine_parts(
     return total, mixed, seen
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def attention_decode_kernel(
     q_ptr,  # [rows, heads * HEAD_DIM]
     keys_ptr,  # [pages, PAGE, kv_heads, HEAD_DIM]

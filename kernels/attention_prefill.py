@@ -27,7 +27,7 @@ def sequence_of(starts_ptr, slot, num_sequences, QUERIES: tl.constexpr):
     return sequence, first + (slot - first // QUERIES - sequence) * QUERIES, end
 
 
-@triton.jit(do_not_specialize=["num_sequences", "splits"])
+@triton.jit(do_not_specialize=["num_sequences", "table_stride", "splits"])
 def attention_prefill_kernel(
     starts_ptr,  # [num_sequences + 1] int32, first row of each sequence
     num_sequences,

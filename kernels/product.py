@@ -9,7 +9,7 @@ from pyruntime.kernels._common import dot, let_next_start, wait_for_inputs
 AHEAD = tl.constexpr(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def product_kernel(
     x_ptr,  # [rows, inputs]
     gain_ptr,  # [inputs] float32, unread without HAS_GAIN

@@ -8,7 +8,7 @@ from pyruntime.kernels.product import added_up, fetch
 from pyruntime.kernels.rope_append import HAS_GAIN, NORMED, put_heads, slot_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "page_table_stride"])
 def qkv_rope_kernel(
     x_ptr,  # [rows, inputs]
     pre_gain_ptr,  # [inputs] float32, unread without HAS_PRE_GAIN
@@ -74,9 +74,11 @@ def qkv_rope_kernel(
     q_tiles: tl.constexpr = (Q_MERGED + MERGED_TILE - 1) // MERGED_TILE
     k_tiles: tl.constexpr = (K_MERGED + MERGED_TILE - 1) // MERGED_TILE
     v_tiles: tl.constexpr = (V_MERGED + MERGED_TILE - 1) // MERGED_TILE
-    # conditions on constants stand alone: only then is what they guard not compiled
+    merged: tl.constexpr = q_tiles + k_tiles + v_tiles
+    # conditions on constants stand alone: only then is what they guard not compiled; and a program of no kind, which
+    # would not wait, is not compiled either
     if projected > 0:  # noqa: SIM102
-        if program < tiles * SPLITS:
+        if (program < tiles * SPLITS) | (merged == 0):
             project_heads(
                 x_ptr, pre_gain_ptr, weight_ptr, bias_ptr, positions_ptr, sequences_ptr, page_table_ptr, cos_ptr,
                 sin_ptr, q_gain_ptr, k_gain_ptr, v_gain_ptr, q_ptr, keys_ptr, values_ptr, partial_ptr, squares_ptr,
@@ -84,13 +86,13 @@ def qkv_rope_kernel(
                 HAS_PRE_NORM, HAS_PRE_GAIN, HAS_BIAS, Q_NORM, K_NORM, V_NORM, Q_PROJECTED, K_PROJECTED, V_PROJECTED,
                 KV_HEADS, HEAD_DIM, HALF, PAGE_SIZE, PAIRS, BLOCK_LANES, BLOCK_INPUTS, BLOCK_ROWS, SPLITS, PDL,
             )  # fmt: skip
-    if q_tiles + k_tiles + v_tiles > 0:  # noqa: SIM102
-        if program >= tiles * SPLITS:
+    if merged > 0:  # noqa: SIM102
+        if (program >= tiles * SPLITS) | (projected == 0):
             wait_for_inputs(PDL)
             let_next_start(PDL)
             place = program - tiles * SPLITS
-            tile = place % (q_tiles + k_tiles + v_tiles)
-            row = (tl.program_id(1) * BLOCK_ROWS + place // (q_tiles + k_tiles + v_tiles)).to(tl.int64)
+            tile = place % merged
+            row = (tl.program_id(1) * BLOCK_ROWS + place // merged).to(tl.int64)
             if row < rows:
                 x_row = x_ptr + row * x_stride
                 scale = 1.0

@@ -14,7 +14,7 @@ HAS_GAIN = tl.constexpr(8)
 HAS_SHIFT = tl.constexpr(16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_table_stride"])
 def rope_append_kernel(
     input_ptr,  # [rows, in_size], normed; unread without HAS_INPUT
     product_ptr,  # [rows, outputs], unread without HAS_PRODUCT

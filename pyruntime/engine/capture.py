@@ -19,6 +19,10 @@ _MARGIN_BYTES: Final = 1 << 30
 # beyond this, graphs for every eighth size are enough
 _SMALL_BATCHES: Final = (1, 2, 4)
 _STRIDE: Final = 8
+# longer sequences of a step launch what these do
+_LENGTHS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# wanted rows that are too many for one tile of a product
+_SCORED: Final = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +107,37 @@ def warm_up(plan: Plan, max_num_seqs: int, progress: Callable[[int, int], None] 
             progress(done, len(sizes))
 
     plan.gpu.capture(sizes, count)
+
+
+def warm_up_prefill(plan: Plan, sizes: BatchSizes, page_size: int) -> None:
+    """Run steps of every kind that an engine of `sizes` may make, so that no kernel is compiled while it serves.
+
+    Their cache is gone afterwards; whoever runs the plan next prepares its own.
+    """
+    if plan.gpu is None or plan.gpu.info.interpreted:
+        return
+    longest = min(sizes.max_rows, sizes.max_pages * page_size)
+    # sequences may share pages: what they hold is not asked for
+    pages = range(-(-longest // page_size))
+    cache = plan.new_cache(len(pages), page_size)
+    # tables are as wide as they will be: how tokens are split depends on it
+    plan.gpu.prepare(cache, sizes)
+    for lengths in prefill_steps(sizes, longest):
+        # a few rows of which all are wanted are what a short scored prompt is
+        wanted = range(min(lengths[0], _SCORED)) if len(lengths) == 1 else None
+        slices = [SequenceSlice([0] * each, 0, pages, wanted or [each - 1]) for each in lengths]
+        plan.run(make_step(slices, cache, plan.device))
+
+
+def prefill_steps(sizes: BatchSizes, longest: int) -> list[tuple[int, ...]]:
+    """Lengths of the sequences of each step, of up to `longest` rows: alone, and with as many others as fit.
+
+    Kernels change where a length, times the heads that share a key, passes a power of two, and where a step has enough
+    rows for all processors.
+    """
+    steps: list[tuple[int, ...]] = []
+    for length in (*(each for each in _LENGTHS if each < longest), longest):
+        count = min(sizes.max_sequences, sizes.max_rows // length)
+        singles = min(sizes.max_sequences - count, sizes.max_rows - length * count)
+        steps += [(length,), (length,) * count + (1,) * singles]
+    return list(dict.fromkeys(steps))

@@ -13,8 +13,8 @@ from pyruntime.checkpoint import Model, read_model, resolve_model
 from pyruntime.checkpoint.files import is_there
 from pyruntime.checkpoint.folder import ReadOptions
 from pyruntime.checkpoint.strict_json import read_object
-from pyruntime.engine.capture import MemoryBudget, memory_budget, warm_up
-from pyruntime.engine.engine import Engine, EngineConfig
+from pyruntime.engine.capture import MemoryBudget, memory_budget, warm_up, warm_up_prefill
+from pyruntime.engine.engine import Engine, EngineConfig, largest_step
 from pyruntime.engine.memory import available_memory, check_memory
 from pyruntime.engine.params import INT64_MAX, eos_token_ids, unused_settings
 from pyruntime.engine.schedule import SchedulerConfig
@@ -250,6 +250,7 @@ def make_engine(
         seed=sizes.seed,
         scheduler=scheduler,
     )
+    warm_up_prefill(loaded.plan, largest_step(config), PAGE_SIZE)
     engine = Engine(loaded.plan, config, loaded.tokenizer, loaded.eos_token_ids)
     warm_up(loaded.plan, sizes.max_num_seqs, progress)
     return engine

@@ -92,10 +92,18 @@ def test_a_tile_is_no_larger_than_the_queries_of_a_sequence(longest: int, tile: 
     assert prefill_blocks(case.attention, case.view, 4096, 2, info()).tile == tile
 
 
-@pytest.mark.parametrize(("longest", "splits"), [(1, 33), (8, 17), (16, 9), (256, 1), (512, 1)])
+@pytest.mark.parametrize(("longest", "splits"), [(1, 33), (8, 17), (16, 8), (64, 3), (256, 1), (512, 1)])
 def test_few_rows_behind_a_long_context_fill_the_processors(longest: int, splits: int) -> None:
-    # 8 key heads on 132 processors: two programs on each of tiles of 4 or 8 rows, one of tiles of 16 or 32; there is a
-    # tile more than are full
+    # 8 key heads on 132 processors: two programs on each of tiles of 4 or 8 rows; one of tiles of 16 or 32, and never
+    # more, as it would wait for all others; there is a tile more than are full
     case = Attending(attention_of(32, 8, 128), (1024,), torch.bfloat16, rows=[range(1024 - longest, 1024)])
     found = prefill_blocks(case.attention, case.view, 32768, 2, replace(info(), num_sms=132))
     assert found.splits == splits
+
+
+@pytest.mark.parametrize(("capability", "block"), [(80, 32), (89, 32), (90, 64), (100, 64), (120, 32), (121, 32)])
+def test_blocks_are_large_where_operands_stay_in_shared_memory(capability: int, block: int) -> None:
+    # wgmma came with 9.0 and tcgen05 with 10.0; 12.0 has neither, and 99 KiB of shared memory
+    case = Attending(attention_of(32, 8, 128), (1024,), torch.bfloat16, rows=[range(1024)])
+    found = prefill_blocks(case.attention, case.view, 1024, 2, replace(info(), capability=capability))
+    assert found.block == block
