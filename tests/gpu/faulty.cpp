@@ -63,8 +63,7 @@ void writing_too_early(Params p) {
     store(p.out, 1.0f);
     wait_for_inputs();
 }
-void never_waiting(Params) {
-}
+void never_waiting(Params) {}
 void divergent_barrier(Params) {
     wait_for_inputs();
     if (thread_idx() < 40) {
