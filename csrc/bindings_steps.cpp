@@ -294,10 +294,11 @@ StepParams attention_step(const Program& program, const Step& step) {
 }
 
 std::int32_t activation_of(const std::string& name) {
-    const char* names[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
-    for (std::int32_t i = 0; i < 5; ++i) {
-        if (name == names[i]) {
-            return i;
+    constexpr std::pair<const char*, Activation> kKnown[] = {
+        {"silu", kSilu}, {"gelu", kGelu}, {"gelu_tanh", kGeluTanh}, {"relu", kRelu}, {"relu2", kRelu2}};
+    for (const auto& [known, activation] : kKnown) {
+        if (name == known) {
+            return activation;
         }
     }
     PYRUNTIME_CHECK(false, "activation is '", name, "'; expected silu, gelu, gelu_tanh, relu or relu2");

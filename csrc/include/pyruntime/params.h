@@ -27,6 +27,7 @@ struct NormParams {
 
 enum Dtype : std::int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
+// kNone is for plain products
 enum Activation : std::int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
 
 // What becomes of the columns of a product that are heads: the first num_heads are queries and go to `out`, as many as

@@ -25,7 +25,6 @@ constexpr std::int64_t kGroup = 4;
 constexpr std::int64_t kAttentionBlock = 64;
 
 enum NormKind : std::int32_t { kNoNorm = 0, kRms = 1, kLayerNorm = 2 };
-enum Activation : std::int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
 
 // y = (x - mean) / sqrt(variance + eps) * gain + bias; RMS leaves the mean out. gain and bias may be null; a gain that
 // is stored as 1 + weight has the 1 added already. kNoNorm: y = x.
