@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from pyruntime.errors import UsageError
 _INTERPRETED_SMS: Final = 4
 # what the kernels are compiled for: bfloat16 tensor cores and asynchronous copies
 _LEAST_CAPABILITY: Final = 80
+# there the pipeliner of Triton 3.6 fails on loops with two products
+_BLACKWELL: Final = 100
+_TRITON_FOR_BLACKWELL: Final = (3, 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,13 @@ def gpu_info(device: torch.device) -> GpuInfo:
             "TARGET",
             f"{properties.name} has compute capability {properties.major}.{properties.minor}; target cuda needs 8.0 or "
             "more: choose target reference",
+        )
+    triton = importlib.metadata.version("triton")
+    if capability >= _BLACKWELL and tuple(map(int, triton.split(".")[:2])) < _TRITON_FOR_BLACKWELL:
+        raise UsageError(
+            "TARGET",
+            f"Triton {triton} does not compile every kernel for {properties.name} (compute capability "
+            f"{properties.major}.{properties.minor}); install Triton 3.7 or newer, or choose target reference",
         )
     return GpuInfo(properties.name, capability, properties.multi_processor_count)
 
