@@ -67,6 +67,7 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_every_section_runs_and_is_told(tmp_path: Path) -> None:
     done = interpreted(tmp_path)
@@ -91,6 +92,7 @@ def test_every_section_runs_and_is_told(tmp_path: Path) -> None:
     assert kernels.choices(rows["kernels"])
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_wrong_kernel_ends_the_run_without_a_time(tmp_path: Path) -> None:
     done = interpreted(tmp_path, program=PLANTED)

@@ -12,6 +12,8 @@ from tests.kernels.models import Case, merged, pruned, with_sublayers
 from tests.kernels.ptx import around_arrivals, before_waiting, parse
 from tests.kernels.record import DEVICES, Recorded, record
 
+pytestmark = pytest.mark.gpu
+
 CAPABILITY = 90
 # the rest takes minutes to compile
 KERNELS = ("qkv_rope", "product", "attention_decode", "attention_prefill", "rope_append", "finish", "gather", "embed")
