@@ -12,12 +12,12 @@
 
 namespace pyruntime {
 
-void bind_norm(pybind11::module_& module);      // bindings_cuda.cpp
-void bind_schedule(pybind11::module_& module);  // bindings_cuda_schedule.cpp
-void bind_product(pybind11::module_& module);   // bindings_cuda_product.cpp
+void bind_norm(pybind11::module_& module);       // bindings_cuda.cpp
+void bind_schedule(pybind11::module_& module);   // bindings_cuda_schedule.cpp
+void bind_product(pybind11::module_& module);    // bindings_cuda_product.cpp
 void bind_attention(pybind11::module_& module);  // bindings_cuda_attention.cpp
 void bind_mlp_chain(pybind11::module_& module);  // bindings_cuda_mlp_chain.cpp
-void bind_twin(pybind11::module_& module);      // bindings_cuda_twin.cpp, in the twin only
+void bind_twin(pybind11::module_& module);       // bindings_cuda_twin.cpp, in the twin only
 
 // float32, float16 or bfloat16; throws std::invalid_argument, which begins with `op`
 std::int32_t dtype_from_name(const char* op, const std::string& name);

@@ -18,7 +18,7 @@ constexpr std::uintptr_t kAlignment = 16;
 
 // Keyword arguments, each read once; finish() refuses what nobody read.
 class Fields {
-  public:
+public:
     explicit Fields(const py::kwargs& fields) : fields_(fields) {}
 
     template <typename Value>
@@ -52,7 +52,7 @@ class Fields {
         PYRUNTIME_CHECK(num_read_ == fields_.size(), kOp, ": got ", fields_.size(), " arguments; expected ", num_read_);
     }
 
-  private:
+private:
     const py::kwargs& fields_;
     std::size_t num_read_ = 0;
 };
@@ -156,8 +156,8 @@ void product(const py::kwargs& arguments) {
     p.softcap = fields.number("softcap");
     p.heads = unpack_heads(fields, p.outputs, static_cast<std::uintptr_t>(bytes_of(p.dtype)));
     const HeadParams& heads = p.heads;
-    const std::int64_t width = heads.head_dim > 0 ? std::int64_t{heads.num_heads} * heads.head_dim
-                                                  : p.outputs / (p.gated ? 2 : 1);
+    const std::int64_t width =
+        heads.head_dim > 0 ? std::int64_t{heads.num_heads} * heads.head_dim : p.outputs / (p.gated ? 2 : 1);
     p.x = fields.pointer<void>("x", kAlignment, true);
     p.gain = fields.pointer<float>("gain", kAlignment, false);
     p.weight = fields.pointer<void>("weight", kAlignment, true);

@@ -20,11 +20,17 @@ class Weights {
     static constexpr int kLines = kTile.words / kTile.halves;  // rows of the weight that a thread reads at once
     static constexpr int kStageBytes = kProductThreads * kTile.words * sizeof(Words);
 
-  public:
+public:
     __device__ Weights(const ProductParams& p, const Pairs& pairs, int num_groups, int first_group, Range steps,
                        unsigned char* ring)
-        : p_(p), pairs_(pairs), num_groups_(num_groups), group_(first_group), begin_(input_of(steps.begin)),
-          end_(input_of(steps.end)), input_(begin_), ring_(ring + thread_idx() * sizeof(Words)) {
+        : p_(p),
+          pairs_(pairs),
+          num_groups_(num_groups),
+          group_(first_group),
+          begin_(input_of(steps.begin)),
+          end_(input_of(steps.end)),
+          input_(begin_),
+          ring_(ring + thread_idx() * sizeof(Words)) {
         point();
         for (int stage = 0; stage < kTile.stages - 1; ++stage) {
             begin_step();
@@ -44,11 +50,9 @@ class Weights {
         begin_step();
     }
 
-  private:
+private:
     // the first input that this thread reads in a step
-    __device__ static int input_of(int step) {
-        return step * kTile.step + (kTensor ? lane_idx() % 4 : lane_idx()) * 8;
-    }
+    __device__ static int input_of(int step) { return step * kTile.step + (kTensor ? lane_idx() % 4 : lane_idx()) * 8; }
 
     // starts the copies of one step, or none behind the last; either way they are one group
     __device__ void begin_step() {
@@ -177,7 +181,7 @@ struct TensorSums {
         }
     }
 
-  private:
+private:
     __device__ static void multiply(float (&to)[4], const Words& first, const Words& second, const Words& values) {
 #pragma unroll
         for (int word = 0; word < 4; word += 2) {
@@ -201,7 +205,7 @@ __device__ inline Pairs pairs_of(const ProductParams& p) {
 // The sums of what a warp finishes at once over each split's inputs, in global memory.
 template <int kRows>
 class Parts {
-  public:
+public:
     __device__ explicit Parts(const ProductParams& p) : p_(p), size_(p.rows * kWidth) {}
 
     __device__ void put(int slab, int split, const float* sums) const {
@@ -234,7 +238,7 @@ class Parts {
         }
     }
 
-  private:
+private:
     static constexpr int kWidth = 2 * finished_pairs(product_tile(kRows));
     // sums that a lane adds up side by side, so that it need not wait for one load after the other
     static constexpr int kTogether = kRows * kWidth < 16 * kWarpSize ? (kRows * kWidth + 31) / kWarpSize : 16;

@@ -11,10 +11,12 @@ namespace {
 
 // What is known of each row of activations once, in shared memory, and what is done with each pair of sums.
 class Finish {
-  public:
+public:
     // below wait_for_inputs(); a barrier must follow
     __device__ Finish(const ProductParams& p, const Pairs& pairs, unsigned char* shared, const ProductMemory& memory)
-        : p_(p), pairs_(pairs), places_(reinterpret_cast<std::int64_t*>(shared + memory.places)),
+        : p_(p),
+          pairs_(pairs),
+          places_(reinterpret_cast<std::int64_t*>(shared + memory.places)),
           positions_(reinterpret_cast<std::int32_t*>(shared + memory.positions)),
           scales_(reinterpret_cast<float*>(shared + memory.scales)),
           flag_(reinterpret_cast<std::uint32_t*>(shared + memory.flag)) {
@@ -54,7 +56,7 @@ class Finish {
         }
     }
 
-  private:
+private:
     __device__ float with_bias(float y, std::int32_t output) const {
         return p_.bias != nullptr && output >= 0 ? y + p_.bias[output] : y;
     }

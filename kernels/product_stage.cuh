@@ -86,7 +86,7 @@ __device__ void stage(const ProductParams& p, Range steps, T* to, int stride, fl
                 }
 #pragma unroll
                 for (int each = 0; each < kTogether; ++each) {
-                    const float(&x)[8] = values[ahead][each];
+                    const float (&x)[8] = values[ahead][each];
                     Words packed;
 #pragma unroll
                     for (int idx = 0; idx < 8; ++idx) {
@@ -94,8 +94,7 @@ __device__ void stage(const ProductParams& p, Range steps, T* to, int stride, fl
                     }
 #pragma unroll
                     for (int idx = 0; idx < 4; ++idx) {
-                        packed.word[idx] =
-                            pack<T>(x[2 * idx] * gain[2 * idx], x[2 * idx + 1] * gain[2 * idx + 1]);
+                        packed.word[idx] = pack<T>(x[2 * idx] * gain[2 * idx], x[2 * idx + 1] * gain[2 * idx + 1]);
                     }
                     *reinterpret_cast<Words*>(to + (first + each * kTeams) * stride + input) = packed;
                 }

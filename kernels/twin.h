@@ -188,8 +188,7 @@ inline void store_16(void* to, Words value) {
 inline Words load_weights_16(const void* from) {
     return load_16(from);
 }
-inline void prefetch_l2(const void*) {
-}
+inline void prefetch_l2(const void*) {}
 
 inline void copy_async_weights(void* shared, const void* from, bool valid = true) {
     twin::begin_copy(shared, from, valid);
@@ -279,8 +278,7 @@ inline std::uint32_t load_acquire(const std::uint32_t* from) {
 inline void wait_for_inputs() {
     twin::self().waited = true;
 }
-inline void let_next_start() {
-}
+inline void let_next_start() {}
 
 template <typename Params>
 int launch(const char* name, void (*kernel)(Params), const LaunchShape& shape, const Params& params, void*) {

@@ -36,7 +36,7 @@ inline Order order;
 
 // a thread's stack, with a page below that must not be touched
 class Stack {
-  public:
+public:
     Stack() : base_(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
         if (base_ == MAP_FAILED || mprotect(base_, kGuardBytes, PROT_NONE) != 0) {
             throw std::runtime_error("host twin: no memory for a thread's stack");
@@ -51,7 +51,7 @@ class Stack {
     }
     void* base() const { return base_; }
 
-  private:
+private:
     void* base_;
 };
 inline std::vector<Stack> free_stacks;
@@ -266,11 +266,11 @@ inline std::string stuck(const Block& block) {
             at = block.warps[thread.idx / kLanes].what;
         }
     }
-    return "the threads of block " + std::to_string(block.x) + " wait for each other: " +
-           std::to_string(count[static_cast<int>(State::kAtBlock)]) + " at sync_threads, " +
+    return "the threads of block " + std::to_string(block.x) +
+           " wait for each other: " + std::to_string(count[static_cast<int>(State::kAtBlock)]) + " at sync_threads, " +
            std::to_string(count[static_cast<int>(State::kAtWarp)]) + " at " + (*at ? at : "a warp's exchange") + ", " +
-           std::to_string(count[static_cast<int>(State::kSpinning)]) + " spin, " +
-           std::to_string(block.ended) + " ended";
+           std::to_string(count[static_cast<int>(State::kSpinning)]) + " spin, " + std::to_string(block.ended) +
+           " ended";
 }
 
 enum class Progress { kNone, kSpun, kSome };
