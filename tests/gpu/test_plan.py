@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 
 from pyruntime.engine.engine import EngineConfig, largest_step
 from pyruntime.engine.schedule import SchedulerConfig
+from pyruntime.graph import build, fuse
 from pyruntime.ops.gpu.batch import GREEDY, BatchSizes, RowSampling
 from pyruntime.ops.gpu.frame import launch_kernel
 from pyruntime.ops.step import Rows, SequenceSlice, make_step
-from pyruntime.plan import Plan, PlanStep
+from pyruntime.plan import Plan, PlanStep, lower
 from pyruntime.plan.gpu import GpuRunner
 from pyruntime.spec import DropPlan
 from tests.gpu.helpers import INTERPRETED
 from tests.helpers import make_plan
+from tests.specs import ATTENTIONS, PLAIN_MLP, model_of, random_model
 
 MakeLlama = Callable[..., tuple[Path, Any]]
 PAGE_SIZE = 16
@@ -83,6 +86,18 @@ def test_a_dropped_sublayer_launches_nothing(make_llama: MakeLlama, pattern: Dro
     recorder = recorded(plan)
     gpu.decode(next_rows([1, 2]), [GREEDY] * 2, cache)
     assert len(recorder.launches) == launches
+
+
+def test_a_layer_whose_queries_and_output_were_merged_away_is_four_launches() -> None:
+    attention = ATTENTIONS["no residual, no norm, q and o merged"]
+    layer = (attention, replace(PLAIN_MLP, pre=None, residual=False), False)
+    spec = model_of([layer, layer])
+    plan = lower(fuse(build(spec)), random_model(spec, torch.float32), dtype="bfloat16", target="cuda")
+    gpu, cache = prefilled(plan)
+    recorder = recorded(plan)
+    gpu.decode(next_rows([1, 2]), [GREEDY] * 2, cache)
+    # embed, two layers, head, and two of the sampler
+    assert len(recorder.launches) == 1 + 2 * 4 + 1 + 2
 
 
 def test_every_decode_step_of_a_batch_size_launches_the_same_to_the_address(make_llama: MakeLlama) -> None:
