@@ -133,11 +133,6 @@ class StaticBatch:
         self._counting = np.arange(sizes.max_sequences + 1, dtype=np.int32)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on the device."""
-        return self._device.numel() * self._device.element_size()
-
     def tensor(self, name: str, rows: Rows = Rows.ALL) -> torch.Tensor:
         """The device memory of a field, of the view of `rows` where each view has its own."""
         return self._tensors[name if name in self._tensors else f"{rows}.{name}"]

@@ -16,11 +16,6 @@ class RotaryCache:
         self._device = device
         self._made: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tables."""
-        return sum(each.numel() * each.element_size() for tables in self._made.values() for each in tables)
-
     def tables(self, spec: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, float32 [positions, spec.dim / 2]; made when first asked for."""
         if spec not in self._made:
